@@ -1,0 +1,52 @@
+"""The errors a person can cause or meet, each with the exit code the command line gives it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmgenError(Exception):
+    """An error that is explained in one screen, without a traceback. `exit_code` follows the table in `mmgen --help`."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint  # the next command, or the nearest valid choice
+
+
+class UsageError(MmgenError):
+    """A wrong flag, a missing file, an --out that holds something else."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be read, or that says something impossible."""
+
+
+class DataError(MmgenError):
+    """Shards or files that are damaged, empty or not what they claim to be."""
+
+    exit_code = 3
+
+
+class GuardError(MmgenError):
+    """A guard stopped the run: a non-finite loss, a dead codebook, a batch without supervised tokens."""
+
+    exit_code = 4
+
+
+class Preempted(MmgenError):
+    """SIGTERM: the state is saved, the same command continues."""
+
+    exit_code = 75
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`did you mean 'x'?` or the list of choices, to end an error message with."""
+    options = sorted(choices)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "choose one of: " + ", ".join(options) if options else "there are none"
