@@ -1,0 +1,47 @@
+"""A linear head. For vocabularies that several ports share, only the asked slice of its rows is multiplied."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.parts.config import PartConfig
+from stages.parts.layers import init_linear
+
+
+class LinearHeadConfig(PartConfig):
+    """One matrix. `tied`: it is the port's embedding. `zero`: starts at zero, so that the first prediction is zero."""
+
+    kind: Literal["linear"] = "linear"
+    tied: bool = False
+    zero: bool = False
+    bias: bool = False
+
+    def build(self, in_dim: int, out_dim: int, tied_to: nn.Module | None = None) -> "LinearHead":
+        if self.tied and tied_to is None:
+            raise ValueError("a tied head needs an embedding to be tied to")
+        return LinearHead(in_dim, out_dim, bias=self.bias, zero=self.zero, tied_to=tied_to if self.tied else None)
+
+
+class LinearHead(nn.Module):
+    """hidden (n, in_dim) → (n, out_dim), or only columns [start, stop) of it."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, bias: bool, zero: bool, tied_to: nn.Module | None) -> None:
+        super().__init__()
+        self.out_dim, self.zero = out_dim, zero
+        self._tied = (tied_to,) if tied_to is not None else ()  # a tuple, so that the embedding is not registered twice
+        if tied_to is None:
+            self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        if not self._tied:
+            init_linear(self, generator, zero=self.zero)
+        elif self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.out_dim if stop is None else stop
+        table = self._tied[0].weight if self._tied else self.weight
+        return F.linear(hidden, table[start:stop], None if self.bias is None else self.bias[start:stop])

@@ -1,0 +1,27 @@
+"""Objectives: what is learned, and how it is scored.
+
+Row objectives belong to a port and judge each of its tokens alone (`corrupt`, then `loss`); the others look across samples or
+at whole pictures and belong to a task. One row of a dict per kind.
+"""
+
+from stages.parts.config import PartConfig
+from stages.parts.objectives.contrastive import ContrastiveConfig
+from stages.parts.objectives.denoise import DenoiseConfig
+from stages.parts.objectives.masked_token import MaskedTokenConfig
+from stages.parts.objectives.next_token import NextTokenConfig
+from stages.parts.objectives.reconstruction import ReconstructionConfig
+
+RowObjective = NextTokenConfig | MaskedTokenConfig | DenoiseConfig
+
+ROW_OBJECTIVES: dict[str, type[NextTokenConfig] | type[MaskedTokenConfig] | type[DenoiseConfig]] = {
+    "next-token": NextTokenConfig,
+    "masked-token": MaskedTokenConfig,
+    "denoise": DenoiseConfig,
+}
+
+OBJECTIVES: dict[str, type[PartConfig]] = {
+    "contrastive": ContrastiveConfig,
+    "reconstruction": ReconstructionConfig,
+}
+
+__all__ = ["OBJECTIVES", "ROW_OBJECTIVES", "ContrastiveConfig", "DenoiseConfig", "MaskedTokenConfig", "NextTokenConfig", "ReconstructionConfig", "RowObjective"]

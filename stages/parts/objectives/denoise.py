@@ -1,0 +1,44 @@
+"""Denoising: DDPM, v-prediction and rectified flow as one objective with four choices.
+
+noisy = alpha(t) · clean + sigma(t) · noise with t in [0, 1], 0 clean. They differ in the schedule, in what is predicted, in how
+t is drawn and in how losses are weighted; each choice is a named pure function.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from stages.parts.config import PartConfig
+from stages.parts.prediction import prediction_target
+from stages.parts.schedules import NOISE_SCHEDULES, TIMESTEP_DISTRIBUTIONS, shift_timesteps
+from stages.sequence.segment import PortRows
+
+
+class DenoiseConfig(PartConfig):
+    """schedule: alpha, sigma. predict: noise (DDPM, arXiv:2006.11239), velocity (rectified flow, arXiv:2209.03003) or clean.
+    timesteps: how t is drawn; timestep_shift warps it towards noise (SD3, arXiv:2403.03206, eq. 23)."""
+
+    kind: Literal["denoise"] = "denoise"
+    schedule: Literal["linear", "cosine", "ddpm-linear", "scaled-linear"] = "linear"
+    predict: Literal["noise", "velocity", "clean"] = "velocity"
+    timesteps: Literal["uniform", "logit-normal"] = "uniform"
+    timestep_shift: float = 1.0
+
+    def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
+        """One t for each target segment; context segments stay clean at t = 0."""
+        count = len(clean.grids)
+        drawn = shift_timesteps(TIMESTEP_DISTRIBUTIONS[self.timesteps](count, generator), self.timestep_shift).to(clean.values.device)
+        low, high = clean.timestep_range.to(torch.float64).unbind(1)
+        t = (low + (high - low) * drawn.to(torch.float64)).index_select(0, clean.segment)
+        t = torch.where(clean.target, t, torch.zeros_like(t))
+        alpha, sigma = (part.to(clean.values.dtype).unsqueeze(1) for part in NOISE_SCHEDULES[self.schedule](t))
+        noise = torch.randn(clean.values.shape, generator=generator).to(clean.values)
+        noisy = torch.where(clean.target.unsqueeze(1), alpha * clean.values + sigma * noise, clean.values)
+        goal = prediction_target(self.predict, self.schedule, clean.values, noise, alpha, sigma)
+        return replace(clean, values=noisy, goal=goal, read=clean.rows, supervised=clean.target, timestep=t.to(clean.values.dtype))
+
+    def loss(self, prediction: Tensor, goal: Tensor) -> Tensor:
+        """Squared error, mean over channels: (n, c) → (n,)."""
+        return (prediction.float() - goal.float()).square().mean(dim=1)

@@ -1,0 +1,499 @@
+"""A recipe: one TOML file that describes one system as data. The only file that knows TOML; all validation is here.
+
+The body of the file is the paper; `sizes.tiny|small|paper` say what changes for smaller machines. `load_recipe` merges the
+chosen size and the `--set` overrides, checks every key once, and returns frozen models; after that nobody checks again.
+A part's address is its path in the file (`ports.draw.head`, `backbones.lm.experts.image`), and freezing, `--init`, `--set` and
+size overrides all speak in addresses. Reading order: `Recipe` (what a file may say), `load_recipe`, `_check` (what must agree).
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from stages.errors import RecipeError, nearest
+from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
+from stages.parts.backbones import BACKBONES, BackboneConfig
+from stages.parts.config import PartConfig, parse_part
+from stages.parts.connectors import CONNECTORS
+from stages.parts.encoders import ENCODERS, EncoderConfig
+from stages.parts.heads import HEADS
+from stages.parts.objectives import OBJECTIVES, ROW_OBJECTIVES, RowObjective
+from stages.parts.samplers import SAMPLERS, SamplerConfig
+from stages.parts.tokenizers import TOKENIZERS, TokenizerConfig
+from stages.parts.views import VIEWS
+from stages.sequence.segment import Content, MaskKind, PositionKind, Role
+
+RECIPES = Path(__file__).parent / "recipes"
+SIZES = ("tiny", "small", "paper")
+Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _part(family: Mapping[str, type[PartConfig]]) -> BeforeValidator:
+    """A recipe table → the config its `kind` names."""
+    return BeforeValidator(lambda table: table if isinstance(table, PartConfig) else parse_part(family, table, "<here>"))
+
+
+class Paper(Strict):
+    """Where the system comes from, and how large it was."""
+
+    arxiv: str
+    title: str = ""
+    parameters: float | None = None  # a count; without one, `nominal` says what is printed about the size
+    parameters_source: str = ""
+    nominal: str = ""
+    status: Literal["published", "reconstruction", "nearest-public"] = "published"
+    differs: tuple[str, ...] = ()
+
+
+class Markers(Strict):
+    """Special tokens around a segment, by name in the tokenizer. `inside`: part of its attention block. `supervised`: predicted
+    wherever the segment is a target, which is how a model learns to switch modes by itself."""
+
+    before: str = ""
+    after: str = ""
+    inside: bool = True
+    supervised: bool = False
+
+
+class Port(Strict):
+    """How one network reads or writes one representation."""
+
+    content: Content
+    backbone: str = ""
+    enters: Literal["sequence", "none"] = "sequence"
+    tokenizer: str = ""
+    encoder: str = ""
+    autoencoder: str = ""
+    select: Literal["tokens", "pooled"] = "tokens"
+    view: Annotated[Any, _part(VIEWS)] = None
+    patch_size: int = 1
+    connector: Annotated[Any, _part(CONNECTORS)] = None
+    head: Annotated[Any, _part(HEADS)] = None
+    objective: Annotated[RowObjective | None, _part(ROW_OBJECTIVES)] = None
+    vocabulary: str = ""
+    mask: MaskKind = MaskKind.CAUSAL
+    positions: PositionKind = PositionKind.SEQUENTIAL
+    expert: str = ""
+    timestep: Literal["none", "add"] = "none"
+    markers: Markers = Markers()
+    null_condition: Literal["remove", "hold", "empty"] = "remove"
+    loss_weight: float = 1.0
+
+    @property
+    def is_ids(self) -> bool:
+        return self.content in (Content.TOKEN_IDS, Content.CODES)
+
+
+class SegmentSpec(Strict):
+    """A segment as a task asks for it: a field, or a literal text with fields in braces."""
+
+    port: str
+    field: str = ""
+    text: str = ""
+    role: Role = Role.CONTEXT
+    mask: MaskKind | None = None
+    weight: float | None = None
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    merge: bool = False
+    optional: bool = False
+    cond_dropout_prob: float = Field(default=0.0, ge=0.0, le=1.0)
+    drop_group: str = ""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a sample it reads, in order."""
+        return (self.field,) if self.field else tuple(re.findall(r"\{([a-z_.]+)\}", self.text))
+
+    @property
+    def group(self) -> str:
+        """What guidance calls this condition."""
+        return self.drop_group or (self.fields[0] if self.fields else "")
+
+
+class EachSpec(Strict):
+    """Segments repeated over a list field: turns of a dialogue, questions about one picture."""
+
+    each: str
+    segments: tuple[SegmentSpec, ...]
+    limit: int = 0  # at most so many records a sample and epoch, drawn anew each time; 0 = all
+
+
+class Task(Strict):
+    """What a training example of one kind looks like: its segments, in order."""
+
+    segments: tuple[SegmentSpec | EachSpec, ...] = Field(min_length=1)
+    objectives: tuple[str, ...] = ()
+
+    def flat(self) -> Iterator[SegmentSpec]:
+        for segment in self.segments:
+            yield from segment.segments if isinstance(segment, EachSpec) else (segment,)
+
+    @property
+    def context_fields(self) -> frozenset[str]:
+        """Fields a prompt must have before this task can be asked of it."""
+        each = {segment.each for segment in self.segments if isinstance(segment, EachSpec)}
+        plain = {f for s in self.segments if isinstance(s, SegmentSpec) and s.role == Role.CONTEXT and not s.optional for f in s.fields}
+        return frozenset(each | plain)
+
+    @property
+    def target_fields(self) -> frozenset[str]:
+        return frozenset(f for s in self.flat() if s.role == Role.TARGET for f in s.fields)
+
+
+class Phase(Strict):
+    """One training run: which tasks, what learns, for how long."""
+
+    name: str
+    stage: Stage
+    tasks: dict[str, float] = {}
+    mix: Literal["sample", "every-step"] = "sample"
+    trainable: tuple[str, ...] = ("*",)
+    frozen: tuple[str, ...] = ()
+    steps: int = Field(ge=0)
+    batch_size: int | None = Field(default=None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
+    lr: float | dict[str, float] = 1e-4
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    ema_decay: float | None = None
+    reduce: Literal["own-tokens", "all-tokens"] = "own-tokens"
+
+
+class Recipe(Strict):
+    """A whole recipe, at one size."""
+
+    name: str
+    family: str = ""
+    size: str = "small"
+    paper: Paper
+    scope: str = ""
+    tokenizers: dict[str, Annotated[TokenizerConfig, _part(TOKENIZERS)]] = {}
+    encoders: dict[str, Annotated[EncoderConfig, _part(ENCODERS)]] = {}
+    autoencoders: dict[str, Annotated[AutoencoderConfig, _part(AUTOENCODERS)]] = {}
+    backbones: dict[str, Annotated[BackboneConfig, _part(BACKBONES)]] = {}
+    ports: dict[str, Port] = {}
+    objectives: dict[str, Annotated[PartConfig, _part(OBJECTIVES)]] = {}
+    tasks: dict[str, Task] = {}
+    phases: tuple[Phase, ...] = ()
+    sample: dict[str, Annotated[SamplerConfig, BeforeValidator(lambda table: _sampler(table))]] = {}
+    init_from: dict[str, str] = {}  # address → where its weights start, from the parts' own `init_from` keys
+    source: dict[str, Any] = Field(default={}, repr=False, exclude=True)  # the merged tables, to be written out again
+
+    def to_toml(self) -> str:
+        """The resolved recipe: one size, all overrides, loadable again."""
+        return tomli_w.dumps({"name": self.name, "family": self.family, "size": self.size, **self.source})
+
+    def phases_for(self, stage: Stage) -> tuple[Phase, ...]:
+        phases = tuple(phase for phase in self.phases if phase.stage == stage)
+        if not phases:
+            stages = ", ".join(sorted({phase.stage for phase in self.phases})) or "none"
+            raise RecipeError(f"recipe '{self.name}' has no phase for the stage {stage}", hint=f"its phases belong to: {stages}")
+        return phases
+
+    def with_parts(self, tables: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """The same recipe with the tables at some addresses replaced: what the real tokenizers turned out to be."""
+        source = _copy(self.source)
+        for address, table in tables.items():
+            *parents, last = address.split(".")
+            place = source
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = _copy(table)
+        return _validate(source, self.name, self.family, self.size, where=f"recipe '{self.name}'")
+
+
+def _sampler(table: Any) -> SamplerConfig:
+    if not isinstance(table, Mapping):
+        return table
+    renamed = {("kind" if key == "sampler" else key): value for key, value in table.items()}
+    if "sampler" not in table:
+        raise RecipeError("`sampler` is missing", hint=nearest("", SAMPLERS))
+    return parse_part(SAMPLERS, renamed, "<here>")
+
+
+def recipe_names() -> dict[str, Path]:
+    """Every shipped recipe: name → file."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*/*.toml"))}
+
+
+def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list[str] | None = None) -> Recipe:
+    """Read a shipped recipe by name, or a file, at one size (default small; a resolved recipe keeps its own).
+
+    sets: `address=value` strings, values in TOML. Raises RecipeError with the key, its line, and the nearest valid name.
+    """
+    path = _find(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: this is not TOML: {error}") from None
+    name, family = tables.pop("name", path.stem), tables.pop("family", path.parent.name)
+    resolved_size = tables.pop("size", None)
+    if size is not None and size not in SIZES:
+        raise RecipeError(f"there is no size '{size}'", hint=nearest(size, SIZES))
+    sizes = tables.pop("sizes", None)
+    if sizes is None:
+        if resolved_size is None:
+            raise RecipeError(f"{path}: [sizes.tiny], [sizes.small] and [sizes.paper] are required")
+        if size is not None and size != resolved_size:
+            raise RecipeError(f"{path}: already resolved at size '{resolved_size}', it cannot become '{size}'", hint="start from the shipped recipe")
+        chosen = resolved_size
+    else:
+        missing = [s for s in SIZES if s not in sizes]
+        unknown = [s for s in sizes if s not in SIZES]
+        if missing or unknown:
+            raise RecipeError(f"{path}: sizes must be tiny, small and paper" + (f"; missing {missing}" if missing else f"; unknown {unknown}"))
+        chosen = size or "small"
+        for other in SIZES:  # all of them must reach existing keys, whichever is asked for
+            merged = _merge(_copy(tables), sizes[other], where=f"{path}: sizes.{other}")
+            if other == chosen:
+                result = merged
+        tables = result
+    for assignment in sets or []:
+        _assign(tables, assignment)
+    return _validate(tables, name, family, chosen, where=str(path), text=text)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    names = recipe_names()
+    if str(name_or_path) in names:
+        return names[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    if path.is_file():
+        return path
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        raise RecipeError(f"{path}: no such recipe file")
+    raise RecipeError(f"there is no recipe '{name_or_path}'", hint=nearest(str(name_or_path), names) + " (`mmgen recipes` lists them)")
+
+
+def _copy(table: Any) -> Any:
+    if isinstance(table, Mapping):
+        return {key: _copy(value) for key, value in table.items()}
+    return [_copy(value) for value in table] if isinstance(table, list) else table
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`change` into `base`, table by table; lists are replaced, phases are found by name, a part of another kind replaces the old one."""
+    for key, value in change.items():
+        here = f"{where}.{key}"
+        old = base.get(key)
+        if isinstance(old, list) and isinstance(value, Mapping) and all(isinstance(item, dict) and "name" in item for item in old):
+            by_name = {item["name"]: item for item in old}
+            for name, part in value.items():
+                if name not in by_name:
+                    raise RecipeError(f"{here}.{name}: there is no phase '{name}'", hint=nearest(name, by_name))
+                _merge(by_name[name], part, f"{here}.{name}")
+        elif isinstance(old, dict) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+            _merge(old, value, here)
+        else:
+            base[key] = _copy(value)
+    return base
+
+
+def _assign(tables: dict[str, Any], assignment: str) -> None:
+    """One `--set address=value`."""
+    address, equals, text = assignment.partition("=")
+    if not equals or not address:
+        raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as phases.joint.steps=200")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    change: Any = value
+    for key in reversed(address.strip().split(".")):
+        change = {key: change}
+    top = address.split(".")[0]
+    if top not in Recipe.model_fields or top in ("name", "family", "size", "source"):
+        raise RecipeError(f"--set {address}: a recipe has no table '{top}'", hint=nearest(top, set(Recipe.model_fields) - {"source"}))
+    _merge(tables, change, "--set")
+
+
+def _validate(tables: dict[str, Any], name: str, family: str, size: str, *, where: str, text: str = "") -> Recipe:
+    source = _copy(tables)
+    init_from: dict[str, str] = dict(tables.get("init_from", {}))
+    tables = _copy(tables)
+    for table in ("encoders", "backbones", "autoencoders"):
+        for part, keys in tables.get(table, {}).items():
+            if isinstance(keys, dict) and "init_from" in keys:
+                init_from[f"{table}.{part}"] = keys.pop("init_from")
+    tables["init_from"] = init_from
+    try:
+        recipe = Recipe(name=name, family=family, size=size, source=source, **tables)
+        _check(recipe)
+    except ValidationError as error:
+        raise _explain(error, where, text) from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}{_line_of(error.message, text)}: {error.message}", hint=error.hint) from None
+    except TypeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    return recipe
+
+
+def _explain(error: ValidationError, where: str, text: str) -> RecipeError:
+    """pydantic's first complaint in our words: file, line, key, what was found, the nearest valid key."""
+    first = error.errors()[0]
+    location = [str(step) for step in first["loc"] if step not in ("SegmentSpec", "EachSpec")]
+    key = ".".join(location)
+    hint = ""
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        model = _model_at([step for step in first["loc"][:-1] if isinstance(step, str)])
+        message = "there is no such key"
+        hint = nearest(location[-1], model.model_fields) if model is not None else ""
+    found = "" if first["type"] in ("extra_forbidden", "missing") else f" (found {first['input']!r:.80})"
+    return RecipeError(f"{where}{_line_of(key, text)}: {key}: {message}{found}", hint=hint)
+
+
+def _model_at(location: list[str]) -> type[BaseModel] | None:
+    """The pydantic model that owns a location, to name its keys."""
+    models: dict[str, type[BaseModel]] = {"paper": Paper, "ports": Port, "tasks": Task, "phases": Phase}
+    if not location:
+        return Recipe
+    if "markers" in location:
+        return Markers
+    if "SegmentSpec" in location or (location[0] == "tasks" and "segments" in location):
+        return SegmentSpec
+    return models.get(location[0])
+
+
+def _line_of(key: str, text: str) -> str:
+    """`:12` for the line that most likely holds a dotted key: pydantic and tomllib keep no positions."""
+    steps = re.findall(r"[A-Za-z_][\w-]*", key.split(":")[0])
+    lines = text.splitlines()
+    start = 0
+    for depth in range(len(steps), 0, -1):  # the table header that holds the key
+        header = ".".join(steps[:depth])
+        match = next((i for i, line in enumerate(lines) if line.strip().strip("[]").strip() == header), None)
+        if match is not None:
+            start = match
+            break
+    for step in reversed(steps):
+        for number in range(start, len(lines)):
+            if re.search(rf"(^|[\s{{,.\[\"]){re.escape(step)}\s*([=.\]]|$)", lines[number]) or f'"{step}"' in lines[number]:
+                return f":{number + 1}"
+    return ""
+
+
+def _check(recipe: Recipe) -> None:
+    """What the tables must agree on before anything is built (recipe pages call these the load-time checks)."""
+    for name, port in recipe.ports.items():
+        here = f"ports.{name}"
+        _known(port.tokenizer, recipe.tokenizers, f"{here}.tokenizer")
+        _known(port.encoder, recipe.encoders, f"{here}.encoder")
+        _known(port.autoencoder, recipe.autoencoders, f"{here}.autoencoder")
+        _known(port.backbone, recipe.backbones, f"{here}.backbone")
+        if port.enters == "sequence":
+            if not recipe.backbones:
+                raise RecipeError(f"{here}: enters a sequence, but the recipe has no backbone", hint='write enters = "none", or a [backbones.NAME] table')
+            if len(recipe.backbones) > 1 and not port.backbone:
+                raise RecipeError(f"{here}.backbone: write which one, there are several", hint=nearest("", recipe.backbones))
+            experts = recipe.backbones[backbone_of(recipe, port)].experts
+            if len(experts) > 1 and not port.expert:
+                raise RecipeError(f"{here}.expert: write which one, there are several", hint=nearest("", experts))
+            _known(port.expert, experts, f"{here}.expert")
+        if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
+            raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
+        needed = {Content.TOKEN_IDS: "tokenizer", Content.CODES: "autoencoder"}.get(port.content)
+        if needed and not getattr(port, needed):
+            raise RecipeError(f"{here}.{needed}: content \"{port.content}\" needs one")
+        owner = vocabulary_owner(recipe, name)
+        if port.objective is not None and recipe.ports[owner].head is None:
+            raise RecipeError(f"{here}.head: an objective needs a head" + (f", on ports.{owner}, which owns the vocabulary" if owner != name else ""))
+    for name, task in recipe.tasks.items():
+        _check_task(recipe, name, task)
+    names = [phase.name for phase in recipe.phases]
+    for phase in recipe.phases:
+        here = f"phases.{phase.name}"
+        if names.count(phase.name) > 1:
+            raise RecipeError(f"{here}: two phases have this name")
+        for task_name in phase.tasks:
+            _known(task_name, recipe.tasks, f"{here}.tasks")
+        if phase.batch_size is not None and phase.batch_tokens is not None:
+            raise RecipeError(f"{here}: batch_size and batch_tokens are both written; keep one")
+    for name in recipe.sample:
+        _known(name, recipe.ports, f"sample.{name}")
+        objective = recipe.ports[name].objective
+        sampler = recipe.sample[name].kind
+        fitting = {"next-token": ("autoregressive",), "masked-token": ("masked",), "denoise": ("euler", "ddim", "heun")}
+        if objective is None:
+            raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
+        if sampler not in fitting[objective.kind]:
+            raise RecipeError(f"sample.{name}.sampler: '{sampler}' does not fit the objective '{objective.kind}'", hint=nearest("", fitting[objective.kind]))
+    _check_guidance(recipe)
+
+
+def _check_task(recipe: Recipe, name: str, task: Task) -> None:
+    previous: SegmentSpec | None = None
+    probabilities: dict[str, float] = {}
+    for segment in task.flat():
+        here = f"tasks.{name}.segments"
+        _known(segment.port, recipe.ports, f"{here}.port")
+        port = recipe.ports[segment.port]
+        if bool(segment.field) == bool(segment.text):
+            raise RecipeError(f"{here}: a segment has either a field or a text ({segment.port})")
+        if segment.text and port.content != Content.TOKEN_IDS:
+            raise RecipeError(f"{here}: a literal text needs a port of token ids, '{segment.port}' has {port.content}")
+        if segment.role == Role.TARGET and port.objective is None and port.enters == "sequence":
+            raise RecipeError(f"{here}: '{segment.port}' is a target but ports.{segment.port} has no objective")
+        mask = segment.mask or port.mask
+        if previous is not None:
+            before = previous.mask or recipe.ports[previous.port].mask
+            if segment.merge and before != mask:
+                raise RecipeError(f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask")
+            shifted = port.objective is not None and port.objective.kind == "next-token" and segment.role == Role.TARGET
+            if shifted and before == MaskKind.ISOLATED and not segment.merge and not port.markers.before:
+                raise RecipeError(f"{here}: a next-token target cannot follow an isolated block, whose rows it may not see", hint="give it a start marker")
+        if segment.cond_dropout_prob and probabilities.setdefault(segment.group, segment.cond_dropout_prob) != segment.cond_dropout_prob:
+            raise RecipeError(f"{here}: the drop group '{segment.group}' has two probabilities in one task")
+        previous = segment
+    for objective in task.objectives:
+        _known(objective, recipe.objectives, f"tasks.{name}.objectives")
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    trained = {task for phase in recipe.phases for task in phase.tasks}
+    for name, sampler in recipe.sample.items():
+        if sampler.guidance_scale == 1.0:
+            continue
+        writes = [task for task, spec in recipe.tasks.items() if any(s.port == name and s.role == Role.TARGET for s in spec.flat())]
+        dropped = {s.group for task in writes if task in trained for s in recipe.tasks[task].flat() if s.cond_dropout_prob > 0}
+        if writes and not dropped:
+            raise RecipeError(f"sample.{name}.guidance_scale: no task that writes '{name}' ever drops its condition", hint="give a context segment cond_dropout_prob = 0.1")
+
+
+def _known(name: str, choices: Mapping[str, Any] | tuple[str, ...], where: str) -> None:
+    if name and name not in choices:
+        raise RecipeError(f"{where}: there is no '{name}'", hint=nearest(name, choices))
+
+
+def backbone_of(recipe: Recipe, port: Port) -> str:
+    """The name of the network a port belongs to: written, or the only one."""
+    return port.backbone or next(iter(recipe.backbones), "")
+
+
+def vocabulary_owner(recipe: Recipe, name: str) -> str:
+    """The port that holds the embedding and head for `name`: the first of those that share its vocabulary."""
+    vocabulary = recipe.ports[name].vocabulary
+    if not vocabulary:
+        return name
+    return next(other for other, port in recipe.ports.items() if port.vocabulary == vocabulary)

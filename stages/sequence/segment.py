@@ -1,0 +1,191 @@
+"""The central types: what a sample looks like to a model.
+
+A *port* (a table of the recipe) says how one network reads or writes one representation; a *segment* is one instance of it
+in one sample. A `Sequence` is a list of segments. `pack` lays several sequences out as a `Batch`, a table with one line per
+token, and everything that depends on places (who sees whom, positions, experts, losses) is a pure function of that table.
+
+Shape letters: b rows of the batch, l row length, n tokens of one port, s segments, d width, c channels, h w grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Content(StrEnum):
+    """How a port represents what it carries."""
+
+    TOKEN_IDS = "token-ids"
+    CODES = "codes"
+    LATENTS = "latents"
+    FEATURES = "features"
+
+
+class Role(StrEnum):
+    """A segment is given, or it is to be predicted."""
+
+    CONTEXT = "context"
+    TARGET = "target"
+
+
+class MaskKind(StrEnum):
+    """How a segment sees itself (its past, or all of itself), and whether later blocks may see it (isolated: no)."""
+
+    CAUSAL = "causal"
+    FULL = "full"
+    ISOLATED = "isolated"
+
+
+class PositionKind(StrEnum):
+    """One tick a token, one tick a segment, or rows and columns from the current tick."""
+
+    SEQUENTIAL = "sequential"
+    SHARED = "shared"
+    GRID = "grid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A span of one sample's sequence.
+
+    payload: ids or codes int64 (l,) · latents float (l, c) · features float (l, d), or pixels float (3, H, W) when the encoder
+    runs inside the model. `grid` has product l and is known before any encoder runs.
+    """
+
+    port: str
+    payload: Tensor
+    grid: tuple[int, ...]
+    role: Role = Role.CONTEXT
+    mask: MaskKind = MaskKind.CAUSAL
+    positions: PositionKind = PositionKind.SEQUENTIAL
+    expert: int = 0
+    merge: bool = False  # same attention block as the previous segment
+    weight: float = 1.0  # of each token's loss
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    field: str = ""  # where the payload came from, for drawings and reports
+    group: str = ""  # condition-dropout group
+    advance: int = 0  # ticks the clock moves before this segment: a dropped condition that holds its time
+    in_table: bool = True  # False: read by objectives only (contrastive towers), owns no row of the table
+
+    def __len__(self) -> int:
+        length = 1
+        for side in self.grid:
+            length *= side
+        return length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One sample as one task sees it."""
+
+    key: str
+    task: str
+    segments: tuple[Segment, ...]
+
+    def __len__(self) -> int:
+        return sum(len(segment) for segment in self.segments if segment.in_table)
+
+
+Table = TypeVar("Table", bound="TensorTable")
+
+
+@dataclass
+class TensorTable:
+    """A dataclass of tensors: moved, pinned and printed by one loop over its fields."""
+
+    def to(self: Table, device: torch.device | str) -> Table:
+        return replace(self, **{name: value.to(device) for name, value in self._tensors()})
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        pairs = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}(" + ", ".join(f"{name} {tuple(value.shape)}" for name, value in self._tensors()) + ")"
+
+
+@dataclass
+class Layout(TensorTable):
+    """Where every token stands. All (b, l) but positions."""
+
+    sample_id: Tensor  # int; which packed sample, -1 is padding
+    block_id: Tensor  # int; attention block within the sample
+    index: Tensor  # int; place within the sample, the order that `causal` means
+    full: Tensor  # bool; sees its whole block
+    isolated: Tensor  # bool; invisible to other blocks
+    positions: Tensor  # int (b, l, 3); (t, h, w) for the rotary embedding
+    expert_id: Tensor  # int; whose weights
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.sample_id.shape[0], self.sample_id.shape[1]
+
+    def columns(self, start: int, stop: int) -> Layout:
+        """The same rows, columns [start, stop)."""
+        return Layout(**{name: value[:, start:stop] for name, value in self._tensors()})
+
+    def append(self, other: Layout) -> Layout:
+        """The columns of `other` to the right of these."""
+        theirs = dict(other._tensors())
+        return Layout(**{name: torch.cat([value, theirs[name]], dim=1) for name, value in self._tensors()})
+
+
+@dataclass
+class PortRows(TensorTable):
+    """Everything one port owns in a batch: n tokens of s segments, in table order.
+
+    `values` are what the network is shown, `goal` what the loss compares its prediction with; an objective's `corrupt`
+    turns the clean ones into both and says in `supervised` which tokens are judged. Token i is read at table row `read[i]`:
+    the row before it for next-token prediction (-1 where there is none), its own row otherwise.
+    """
+
+    rows: Tensor  # int64 (n,); flat index into b·l
+    previous: Tensor  # int64 (n,); flat index of the row before it in the same sample, -1 at the start
+    values: Tensor  # (n,) ids · (n, c) vectors · (s, 3, H, W) pixels for the port's encoder · (s, l) ids outside the table
+    target: Tensor  # bool (n,)
+    weight: Tensor  # float (n,)
+    segment: Tensor  # int64 (n,); which of the port's segments, 0..s-1
+    timestep_range: Tensor  # float (s, 2)
+    sample: Tensor  # int64 (s,); which sequence of the batch
+    grids: list[tuple[int, ...]] = field(default_factory=list)
+    read: Tensor | None = None  # int64 (n,)
+    goal: Tensor | None = None  # (n,) or (n, c)
+    supervised: Tensor | None = None  # bool (n,)
+    timestep: Tensor | None = None  # float (n,); 0 clean, 1 noise
+    lengths: Tensor | None = None  # int64 (s,); for ragged ids outside the table
+
+    def segment_sizes(self) -> Tensor:
+        """Tokens in each segment, int64 (s,)."""
+        return torch.bincount(self.segment, minlength=len(self.grids))
+
+
+@dataclass
+class Batch:
+    """Packed sequences: the layout, what each port owns of it, and which samples these are."""
+
+    layout: Layout
+    ports: dict[str, PortRows]
+    keys: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.layout.to(device), {name: rows.to(device) for name, rows in self.ports.items()}, self.keys, self.tasks)
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.layout.sample_id >= 0).sum())
+
+    @property
+    def padding(self) -> float:
+        """Fraction of the table's rows that hold no token."""
+        total = self.layout.sample_id.numel()
+        return 1.0 - self.num_tokens / total if total else 0.0
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(int(rows.target.sum()) for rows in self.ports.values())
