@@ -1,0 +1,214 @@
+"""The convolutional autoencoder of taming transformers and latent diffusion, with a quantizer between encoder and decoder.
+
+VQGAN, "Taming Transformers for High-Resolution Image Synthesis", arXiv:2012.09841, table 7. Residual blocks (GroupNorm, SiLU,
+3 x 3 convolution, twice) in levels; between levels of the encoder a stride-2 convolution padded at the right and bottom only,
+between levels of the decoder nearest-neighbour doubling and a convolution; attention in the middle and, if asked for, at the lowest
+level; one block a level more in the decoder. `patch_size` > 1 is our addition for small machines: pictures enter and leave as
+patches, which moves the expensive first levels to a coarser grid.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from torch import Generator, Tensor, nn
+
+from stages.parts.autoencoders.autoencoder import Autoencoder, AutoencoderConfig, Reconstruction
+from stages.parts.config import parse_part
+from stages.parts.quantizers import QUANTIZERS, QuantizerConfig, VQConfig
+
+MAX_GROUPS, CHANNELS_PER_GROUP = 32, 4  # 32 groups at published widths; narrow levels have fewer, so that a group keeps 4 channels
+
+
+class ConvolutionalConfig(AutoencoderConfig):
+    """The sizes shared by `cnn` and `kl-cnn`. `multipliers` has one entry a level: its width in units of `channels`."""
+
+    downsample: int = Field(ge=1)
+    channels: int = Field(default=128, ge=4)
+    multipliers: tuple[int, ...]
+    blocks_per_level: int = Field(default=2, ge=1)
+    attention: bool  # at the lowest level; in the middle there is always one
+    latent_channels: int = Field(ge=1)
+    patch_size: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _levels_match_downsample(self) -> "ConvolutionalConfig":
+        reached = self.patch_size * 2 ** (len(self.multipliers) - 1)
+        if reached != self.downsample:
+            raise ValueError(
+                f"downsample = {self.downsample}, but patch_size = {self.patch_size} with {len(self.multipliers)} multipliers "
+                f"(a halving between each) gives {reached}"
+            )
+        if self.channels % CHANNELS_PER_GROUP:
+            raise ValueError(f"channels must be a multiple of {CHANNELS_PER_GROUP}, found {self.channels}")
+        return self
+
+
+class CNNConfig(ConvolutionalConfig):
+    """Convolutional encoder and decoder around a quantizer (VQGAN, arXiv:2012.09841). The defaults are its ImageNet model f = 16."""
+
+    kind: Literal["cnn"] = "cnn"
+    downsample: int = Field(default=16, ge=1)
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    attention: bool = True
+    latent_channels: int = Field(default=256, ge=1)
+    quantizer: SerializeAsAny[QuantizerConfig] = VQConfig()
+    store: str = "codes"
+
+    @field_validator("quantizer", mode="before")
+    @classmethod
+    def _parse_quantizer(cls, table: Any) -> Any:
+        return parse_part(QUANTIZERS, table, "quantizer") if isinstance(table, Mapping) else table
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.size
+
+    def build(self) -> "CNNAutoencoder":
+        return CNNAutoencoder(self)
+
+
+class CNNAutoencoder(Autoencoder):
+    """Pictures ↔ codes. Its latents are the quantized ones, as the decoder takes them."""
+
+    def __init__(self, config: CNNConfig) -> None:
+        super().__init__()
+        self.config: CNNConfig = config
+        self.encoder = Encoder(config, config.latent_channels)
+        self.quantizer = config.quantizer.build(config.latent_channels)
+        self.decoder = Decoder(config)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.conv_out.weight
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantizer.lookup(self.encode_codes(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
+
+    def encode_codes(self, images: Tensor) -> Tensor:
+        self.grid(*images.shape[2:])
+        return self.quantizer.quantize(self.encoder(images)).codes
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        return self.decoder(self.quantizer.lookup(codes))
+
+    def reconstruct(self, images: Tensor, generator: Generator | None = None) -> Reconstruction:
+        self.grid(*images.shape[2:])
+        quantized = self.quantizer.quantize(self.encoder(images), generator)
+        return Reconstruction(self.decoder(quantized.quantized), quantized.losses, quantized.codes)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(MAX_GROUPS, channels // CHANNELS_PER_GROUP), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class Attention(nn.Module):
+    """One head of full attention over the cells of the grid, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.query, self.key, self.value, self.out = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        cells = self.norm(x).flatten(2).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(self.query(cells), self.key(cells), self.value(cells))
+        return x + self.out(mixed).transpose(1, 2).reshape(b, c, h, w)
+
+
+class Halve(nn.Module):
+    """Stride-2 convolution; the padding is at the right and bottom only, as in the published weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Double(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def level(in_channels: int, out_channels: int, blocks: int, attention: bool) -> list[nn.Module]:
+    """The residual blocks of one level, each followed by attention if asked for."""
+    layers: list[nn.Module] = []
+    for index in range(blocks):
+        layers.append(ResidualBlock(out_channels if index else in_channels, out_channels))
+        if attention:
+            layers.append(Attention(out_channels))
+    return layers
+
+
+def middle(channels: int) -> list[nn.Module]:
+    return [ResidualBlock(channels, channels), Attention(channels), ResidualBlock(channels, channels)]
+
+
+class Encoder(nn.Module):
+    """(b, 3, H, W) → (b, out_channels, h, w)."""
+
+    def __init__(self, config: ConvolutionalConfig, out_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
+        layers: list[nn.Module] = []
+        for index, (before, width) in enumerate(zip([config.channels, *widths[:-1]], widths, strict=True)):
+            lowest = index == len(widths) - 1
+            layers += level(before, width, config.blocks_per_level, config.attention and lowest)
+            if not lowest:
+                layers.append(Halve(width))
+        self.layers = nn.Sequential(*layers, *middle(widths[-1]))
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.layers(self.conv_in(F.pixel_unshuffle(images, self.patch_size)))
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class Decoder(nn.Module):
+    """(b, latent_channels, h, w) → (b, 3, H, W), no activation at the end."""
+
+    def __init__(self, config: ConvolutionalConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in reversed(config.multipliers)]
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        layers = middle(widths[0])
+        for index, (before, width) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True)):
+            layers += level(before, width, config.blocks_per_level + 1, config.attention and index == 0)
+            if index < len(widths) - 1:
+                layers.append(Double(width))
+        self.layers = nn.Sequential(*layers)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.layers(self.conv_in(latents))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.patch_size)

@@ -1,0 +1,54 @@
+"""What every quantizer promises: `lookup(quantize(z).codes)` is `quantize(z).quantized`, bit for bit, and gradients pass straight through.
+
+Shape letters: b batch · d width of the latents · h w grid · k codebook size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+
+from stages.parts.config import PartConfig
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Latents moved to their codes. `losses` are scalars that carry their weights already."""
+
+    quantized: Tensor  # (b, d, h, w)
+    codes: Tensor  # (b, h, w), int64
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class QuantizerConfig(PartConfig):
+    """Settings of a quantizer; `build(in_dim)` gives the module for latents of that width."""
+
+    @property
+    def size(self) -> int:
+        """Number of codes, k."""
+        raise NotImplementedError
+
+    def build(self, in_dim: int) -> "Quantizer":
+        raise NotImplementedError
+
+
+class Quantizer(nn.Module):
+    codebook_size: int
+
+    def quantize(self, latents: Tensor, generator: Generator | None = None) -> Quantized:
+        """Nearest codes of (b, d, h, w) latents. In training mode the codebook may learn; what it draws comes from `generator`."""
+        raise NotImplementedError
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(b, h, w) codes → (b, d, h, w) latents."""
+        raise NotImplementedError
+
+
+def codebook_use(counts: Tensor) -> tuple[float, float]:
+    """Usage, the fraction of codes that occur at all, and perplexity, the exponential of their entropy, from (k,) counts.
+
+    Both depend on how many codes were counted: usage cannot exceed counts.sum() / k, so report that number beside them.
+    """
+    probs = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(probs * probs.clamp(min=torch.finfo(torch.float64).tiny).log()).sum()
+    return float((counts > 0).double().mean()), float(entropy.exp())

@@ -1,0 +1,10 @@
+"""Text tokenizers: strings ↔ token ids."""
+
+from stages.parts.tokenizers.byte_bpe import ByteBPEConfig
+from stages.parts.tokenizers.text import TextTokenizer, TokenizerConfig, load_tokenizer, texts_of
+
+TOKENIZERS: dict[str, type[TokenizerConfig]] = {
+    "byte-bpe": ByteBPEConfig,
+}
+
+__all__ = ["TOKENIZERS", "ByteBPEConfig", "TextTokenizer", "TokenizerConfig", "load_tokenizer", "texts_of"]
