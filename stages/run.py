@@ -42,25 +42,13 @@ from stages.progress import Progress
 
 State = Literal["running", "done", "stopped", "preempted", "failed"]
 
-RUN_FILES = ("run.json", "status.json", "metrics.jsonl", "bad_samples.jsonl")
-CHECKPOINT_FILES = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(config|tokenizer|results)\.json|recipe\.toml"
-)
-CHECKPOINT_FOLDERS = ("state", "tokenizers")
+RUN_FILES = r"(run|status)\.json|(metrics|bad_samples)\.jsonl"
+CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer)\.json|recipe\.toml|state|tokenizers"
+RESULT_FILES = r"results\.json"
+SHARD_FILES = r".+-\d{6,}\.tar"
+UNFINISHED_FILES = r"\..+\.\d+\.tmp"  # what a kill leaves of a file being written, see stages/files.py
 SPOOL = "input"  # .mmgen/input: what a stage read from stdin before its run began
-SHARD_FILE = re.compile(r".+-\d{6,}\.tar")
-PACKAGES = (
-    "mmgen-cli",
-    "torch",
-    "torchvision",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "tokenizers",
-    "huggingface_hub",
-    "transformers",
-    "diffusers",
-)
+PACKAGES = ["mmgen-cli", "torch", "torchvision", "numpy", "pillow", "safetensors", "tokenizers", "huggingface_hub"]
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
@@ -210,12 +198,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._lock = _lock_folder(self.out)
         before = _read_json(self.meta / "run.json")
         if before is None:
-            there = sorted(path.name for path in self.out.iterdir() if path.name != ".mmgen")
+            ours = re.compile(rf"\.mmgen|{UNFINISHED_FILES}")
+            there = sorted(path.name for path in self.out.iterdir() if not ours.fullmatch(path.name))
             if there:
                 held = ", ".join(there[:4]) + (f" and {len(there) - 4} more" if len(there) > 4 else "")
-                raise UsageError(
-                    f"--out {self.out} is not empty and not a run of mmgen: it holds {held}", hint="name a new folder with --out"
-                )
+                raise UsageError(f"--out {self.out} is not a run of mmgen: it holds {held}", hint="name a new folder with --out")
         elif self.options.overwrite:
             remove_run(self.out, keep_spool=any(entry.get("path") == "-" for entry in self.inputs))
             before = None
@@ -231,6 +218,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.resuming = not self.complete
             self._status["step"], self._status["of"] = ended.get("step", 0), ended.get("of")
         if not self.complete:
+            for path in self.out.rglob(".*.tmp"):
+                if path.is_file() and re.fullmatch(UNFINISHED_FILES, path.name):
+                    path.unlink()
             self.meta.mkdir(parents=True, exist_ok=True)
             self._record = self._describe(before)
             self._write_record()
@@ -331,21 +321,16 @@ def _written_files(out: Path) -> Iterator[Path]:
     readme = out / "README.md"
     if readme.is_file() and record.get("readme") == _sha256(readme):
         yield readme
-    for path in out.iterdir():
-        if path.name == "results.json" or (
-            (out / "run.json").exists() and (path.name in RUN_FILES + CHECKPOINT_FOLDERS or CHECKPOINT_FILES.fullmatch(path.name))
-        ):
-            yield path
+    named = re.compile(f"{RUN_FILES}|{CHECKPOINT_FILES}|{RESULT_FILES}" if (out / "run.json").exists() else RESULT_FILES)
+    yield from (path for path in out.iterdir() if named.fullmatch(path.name))
     for folder in [out, *(path for path in out.iterdir() if _is_split(path))]:
         index = _read_json(folder / ".mmgen" / "shardindex.json")
         listed = {Path(shard["url"]).name for shard in index["shardlist"]} if index else None
         for path in folder.glob("*.tar"):
-            if path.name in listed if listed is not None else SHARD_FILE.fullmatch(path.name):
+            if path.name in listed if listed is not None else re.fullmatch(SHARD_FILES, path.name):
                 yield path
             else:
-                raise UsageError(
-                    f"{path} is not of this run, and would be read as part of the new one", hint="move it away, or name a new --out"
-                )
+                raise UsageError(f"{path} is not of this run, but would be read with the new one", hint="move it away, or name a new --out")
         if (folder / ".mmgen").is_dir():
             yield from (folder / ".mmgen").iterdir()
 
@@ -354,7 +339,7 @@ def _is_split(folder: Path) -> bool:
     """Whether a folder holds the shards of one split, finished (an index) or cut short by a kill (nothing but tars named like ours)."""
     if not folder.is_dir() or folder.name.startswith("."):
         return False
-    return (folder / ".mmgen").is_dir() or all(SHARD_FILE.fullmatch(path.name) for path in folder.iterdir())
+    return (folder / ".mmgen").is_dir() or all(re.fullmatch(SHARD_FILES, path.name) for path in folder.iterdir())
 
 
 def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
@@ -439,14 +424,8 @@ def _git_commit() -> str | None:
         return None
     quietly = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # reading must not get in the way of a commit
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=root,
-            env=quietly,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        answer = subprocess.run(command, cwd=root, env=quietly, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
