@@ -1,0 +1,359 @@
+"""One row of a shard, and how each of its fields becomes a file in the tar and back.
+
+A sample is a key and named fields. Field `image.codes` of the sample `000017` is the member `000017.image.codes.npy`: the key ends at
+the first dot, the format is what follows the last one, the field's name is in between. Four kinds of value exist:
+
+    picture   .png .jpg .jpeg .webp    uint8 array (H, W, 3), RGB; written as PNG
+    text      .txt                     str, UTF-8
+    data      .json                    list, dict, number or bool
+    array     .npy                     array of numbers (bool, int, uint, float), little-endian, never pickled
+
+Members written by others often have no field name (`000017.jpg`, `000017.txt`); they get the name in `BARE_FIELDS`.
+Nothing in a sample is trusted: every size is compared with a cap, or with the bytes that are really there, before memory is taken,
+and nothing is ever unpickled.
+"""
+
+import ast
+import functools
+import io
+import json
+import math
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from stages.errors import DataError
+
+IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp")
+FORMATS = (*IMAGE_FORMATS, "txt", "json", "npy")
+BARE_FIELDS = {**dict.fromkeys(IMAGE_FORMATS, "image"), "txt": "caption", "json": "meta", "npy": "array"}
+# the last word of a field that is always an array, even where its shape could be a picture's
+ARRAY_WORDS = ("codes", "latents", "features", "ids")
+
+MAX_PIXELS = 64 * 1024 * 1024
+MAX_CHARACTERS = 1_000_000
+MAX_JSON_BYTES = 16 * 1024 * 1024
+MAX_JSON_DEPTH = 64
+MAX_KEY_BYTES = 1024
+
+FIELD_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a shard. `source` says where it was read (the tar's path), for messages."""
+
+    key: str
+    fields: dict[str, Any]
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A field's bytes as they are (or shall be) in the tar, so that a JPEG can pass through a stage untouched."""
+
+    suffix: str
+    data: bytes
+
+
+def check_key(key: str) -> None:
+    """DataError unless `key` can be a sample's key: text without dots, also safe as a part of a file name."""
+    if not isinstance(key, str) or not key:
+        raise DataError(f"key {key!r}: expected a non-empty string")
+    if "." in key:
+        raise DataError(
+            f"key {key!r}: a key has no dots (webdataset ends the key at the first one)", hint=f"for example {key.replace('.', '-')!r}"
+        )
+    if not key.isprintable() or "\\" in key:
+        raise DataError(f"key {key!r}: unprintable characters, or a backslash")
+    if not all(key.split("/")):
+        raise DataError(f"key {key!r}: an empty part around a slash")
+    if key.startswith("__") and key.endswith("__"):
+        raise DataError(f"key {key!r}: names between double underscores are skipped by webdataset")
+    if len(key.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
+        raise DataError(f"key {key[:40]!r}…: {len(key)} characters, at most {MAX_KEY_BYTES} bytes are allowed")
+
+
+@functools.lru_cache(maxsize=4096)
+def split_suffix(suffix: str) -> tuple[str, str] | None:
+    """(field name, format) of what follows the key in a member's name; None where mmgen does not read that format.
+
+    `image.codes.npy` is ("image.codes", "npy"), the bare `jpg` is ("image", "jpg"), `pyd` is None.
+    """
+    name, _, form = suffix.lower().rpartition(".")
+    if form not in FORMATS or (name and not FIELD_NAME.fullmatch(name)):
+        return None
+    return name or BARE_FIELDS[form], form
+
+
+def encode_field(name: str, value: Any) -> tuple[str, bytes]:
+    """(what follows the key in the member's name, its bytes). Equal values give equal bytes.
+
+    A uint8 array (H, W, 3) is written as PNG unless the field's last word is one of ARRAY_WORDS; other arrays as NPY, strings as
+    text, lists, dicts and numbers as JSON; `Encoded` bytes stay as they are. Raises DataError naming the field.
+    """
+    if not FIELD_NAME.fullmatch(name):
+        raise DataError(f"field {name!r}: expected lower-case words joined by dots, such as 'image.codes'")
+    if isinstance(value, Encoded):
+        if value.suffix not in FORMATS:
+            raise DataError(f"field '{name}': format '{value.suffix}' is none of {', '.join(FORMATS)}")
+        return f"{name}.{value.suffix}", bytes(value.data)
+    if isinstance(value, str):
+        return f"{name}.txt", _encode_text(name, value)
+    if isinstance(value, np.ndarray):
+        if value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3 and name.rpartition(".")[2] not in ARRAY_WORDS:
+            return f"{name}.png", _encode_png(name, value)
+        return f"{name}.npy", _encode_array(name, value)
+    if isinstance(value, dict | list | tuple | bool | int | float):
+        return f"{name}.json", _encode_json(name, value)
+    raise DataError(f"field '{name}': found a {type(value).__name__}, expected str, numpy array, list, dict, number or Encoded")
+
+
+def decode_field(suffix: str, data: bytes) -> tuple[str, Any]:
+    """(field name, value) of a member whose name goes on with `suffix` after the key. Raises DataError with the reason."""
+    found = split_suffix(suffix)
+    if found is None:
+        raise DataError(f"'{suffix}': not a format mmgen reads ({', '.join(FORMATS)})")
+    name, form = found
+    return name, decode_value(form, data)
+
+
+def decode_value(form: str, data: bytes) -> Any:
+    """The value of bytes in one of FORMATS. Raises DataError with the reason, taking no more memory than the caps allow."""
+    if form == "txt":
+        return _decode_text(data)
+    if form == "npy":
+        return decode_array(data)
+    if form == "json":
+        return _decode_json(data)
+    return decode_image(data)
+
+
+# --- text and JSON ----------------------------------------------------------------------------------------------------------------
+
+
+def _encode_text(name: str, value: str) -> bytes:
+    if len(value) > MAX_CHARACTERS:
+        raise DataError(f"field '{name}': {len(value):,} characters, the cap is {MAX_CHARACTERS:,}")
+    try:
+        return value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"field '{name}': {error.reason} at character {error.start}, not valid as UTF-8") from None
+
+
+def _decode_text(data: bytes) -> str:
+    if len(data) > 4 * MAX_CHARACTERS:
+        raise DataError(f"text of {len(data):,} bytes, the cap is {MAX_CHARACTERS:,} characters")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"text is not UTF-8: {error.reason} at byte {error.start}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"text of {len(text):,} characters, the cap is {MAX_CHARACTERS:,}")
+    return text
+
+
+def _encode_json(name: str, value: Any) -> bytes:
+    try:
+        data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"field '{name}': cannot be written as JSON: {error}") from None
+    if len(data) > MAX_JSON_BYTES or _depth(data, value) > MAX_JSON_DEPTH:
+        raise DataError(f"field '{name}': {len(data):,} bytes of JSON, the caps are {MAX_JSON_BYTES:,} bytes and {MAX_JSON_DEPTH} levels")
+    return data
+
+
+def _decode_json(data: bytes) -> Any:
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"JSON of {len(data):,} bytes, the cap is {MAX_JSON_BYTES:,}")
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except RecursionError:
+        raise DataError(f"JSON nested too deeply, the cap is {MAX_JSON_DEPTH} levels") from None
+    except ValueError as error:  # also UnicodeDecodeError
+        raise DataError(f"not valid JSON: {error}") from None
+    if _depth(data, value) > MAX_JSON_DEPTH:
+        raise DataError(f"JSON nested too deeply, the cap is {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _depth(data: bytes, value: Any) -> int:
+    """Levels of lists and dicts. Few brackets cannot nest deeply, so that most values are not walked."""
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
+        return 0
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list | tuple)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------------------
+
+
+def _encode_array(name: str, value: np.ndarray) -> bytes:
+    if value.dtype.kind not in "biuf":
+        raise DataError(f"field '{name}': array of dtype {value.dtype}, expected bool, int, uint or float")
+    little = value.astype(value.dtype.newbyteorder("<"), order="C", copy=False)
+    return _npy_header(little.dtype.str, little.shape) + little.tobytes()
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """The array of an NPY file. The header must describe exactly the bytes that follow it, so that a lie costs no memory."""
+    if data[:6] != b"\x93NUMPY" or len(data) < 10 or data[6] not in (1, 2, 3):
+        raise DataError(f"not an NPY array: starts with {bytes(data[:8])!r}")
+    if data[6] == 1:
+        start = 10 + int.from_bytes(data[8:10], "little")
+    else:
+        start = 12 + int.from_bytes(data[8:12], "little")
+    if start > min(len(data), 10_000):
+        raise DataError(f"NPY header of {start:,} bytes in a member of {len(data):,}")
+    dtype, fortran, shape = _parse_npy_header(bytes(data[10 if data[6] == 1 else 12 : start]))
+    declared = dtype.itemsize * math.prod(shape)
+    if declared != len(data) - start:
+        raise DataError(f"array header promises {dtype} {shape} = {declared:,} bytes, the member holds {len(data) - start:,}")
+    flat = np.frombuffer(data, dtype, offset=start) if declared else np.empty(0, dtype)
+    return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), order="C")
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_npy_header(header: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
+    try:
+        fields = ast.literal_eval(header.decode("latin-1").strip())
+        descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+        dtype = np.dtype(descr) if isinstance(descr, str) else None
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+        raise DataError("NPY header cannot be read") from None
+    if dtype is None or dtype.kind not in "biuf":
+        raise DataError(f"array of dtype {descr!r}, expected bool, int, uint or float (objects would be pickled: never loaded)")
+    sizes = isinstance(shape, tuple) and len(shape) <= 32 and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or not isinstance(fortran, bool):
+        raise DataError(f"NPY header with shape {shape!r}, fortran_order {fortran!r}")
+    return dtype, fortran, shape
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------------------
+
+
+def _encode_png(name: str, value: np.ndarray) -> bytes:
+    height, width = value.shape[:2]
+    if not height or not width or height * width > MAX_PIXELS:
+        raise DataError(f"field '{name}': a picture of {width} x {height} pixels, expected at least one and at most {MAX_PIXELS:,}")
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image_size(data: bytes) -> tuple[str, int, int]:
+    """("png" | "jpg" | "webp", width, height) as the first bytes declare them: nothing is decoded, no memory taken.
+
+    The file's own signature counts, not the member's suffix. Raises DataError where the header cannot be read.
+    """
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
+        return "png", width, height
+    if data[:3] == b"\xff\xd8\xff":
+        return ("jpg", *_jpeg_frame(data)[:2])
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
+        chunk = data[12:16]
+        if chunk == b"VP8X":
+            return "webp", 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+        if chunk == b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            return "webp", 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        if chunk == b"VP8 ":
+            width, height = struct.unpack("<HH", data[26:30])
+            return "webp", width & 0x3FFF, height & 0x3FFF
+    raise DataError(f"not a PNG, JPEG or WebP picture: starts with {bytes(data[:12])!r}")
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, bool]:
+    """(width, height, plain) of a JPEG; plain = one or three 8-bit components and no EXIF or Adobe segment to interpret."""
+    plain, at = True, 2
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            break
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker in (0xC0, 0xC1, 0xC2) and at + 10 <= len(data):
+            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            return width, height, plain and precision == 8 and components in (1, 3)
+        if marker in (0xD9, 0xDA):
+            break
+        if marker in (0xE1, 0xEE):
+            plain = False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise DataError("JPEG without a baseline or progressive frame header")
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """The picture as a viewer shows it: uint8 (H, W, 3), RGB, turned by its EXIF orientation, on white where it is transparent,
+    the first frame where it moves. Raises DataError, before decoding where the declared size exceeds MAX_PIXELS."""
+    form, width, height = image_size(data)
+    if width * height > MAX_PIXELS:
+        raise DataError(f"picture of {width:,} x {height:,} pixels, the cap is {MAX_PIXELS:,} pixels")
+    try:
+        if form == "jpg" and _jpeg_frame(data)[2]:
+            return _decode_plain_jpeg(data)
+        opener = {"png": PngImageFile, "jpg": JpegImageFile, "webp": WebPImageFile}[form]
+        with opener(io.BytesIO(data)) as picture:
+            return np.array(_as_shown(picture))
+    # decoders meet hostile bytes with whatever their parsers raise: struct.error, SyntaxError, zlib.error, RuntimeError ...
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        ArithmeticError,
+        EOFError,
+        struct.error,
+        zlib.error,
+    ) as error:
+        raise DataError(f"{form} picture of {width} x {height} pixels cannot be decoded: {error}") from None
+
+
+def _decode_plain_jpeg(data: bytes) -> np.ndarray:
+    """The same pixels as Pillow's (both are libjpeg-turbo) in less than half the time at 64 px."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return pixels.permute(1, 2, 0).contiguous().numpy()
+
+
+def _as_shown(picture: Image.Image) -> Image.Image:
+    picture.load()
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow does for 16-bit RGB; convert() would clip instead
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        shown = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+    return picture.convert("RGB")

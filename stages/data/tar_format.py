@@ -1,0 +1,204 @@
+"""The tar format, as much of it as shards need: one header per member from a template, and a walk over a whole archive that
+believes nothing.
+
+Headers are ustar, with a pax header before names that are long or not ASCII: byte for byte what Python's `tarfile` writes in its
+pax format for a regular file of mode 0444 whose time and owner are zero (POSIX.1-2017, pax, "ustar Interchange Format").
+The walk reads ustar, pax and GNU long names, whoever wrote them. It checks each header's checksum, that each member lies inside the
+file, and that the archive ends as it should: a tar that was cut says so instead of looking like a shorter one.
+"""
+
+import mmap
+import zlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+BLOCK = 512
+END_OF_ARCHIVE = bytes(2 * BLOCK)
+_MAX_EXTENDED_HEADER = 1024 * 1024  # a name of a megabyte is no name
+_KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------------
+
+_BEFORE_SIZE = b"0000444\0" + b"0000000\0" * 2  # mode, uid, gid
+_AFTER_SUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)  # regular file, nobody's
+_MTIME = b"00000000000\0"
+_FIXED_SUM = sum(_BEFORE_SIZE) + sum(_MTIME) + 8 * ord(" ") + sum(_AFTER_SUM)  # the checksum counts itself as eight spaces
+_PAX_BEFORE_SIZE = b"0000000\0" * 3
+_PAX_AFTER_SUM = b"x" + _AFTER_SUM[1:]
+_MAX_OCTAL = 8**11 - 1
+
+
+def member_bytes(name: str, data: bytes) -> bytes:
+    """A whole member: header, `data`, and zeros up to the next block."""
+    return b"".join((member_header(name, len(data)), data, bytes(-len(data) % BLOCK)))
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The header of a regular file of `size` bytes: one block, or three and more where the name or size needs a pax header."""
+    if size <= _MAX_OCTAL and len(name) <= 100 and name.isascii():
+        return _header_block(name.encode("ascii"), size)
+    records = b""
+    if not name.isascii() or len(name) > 100:
+        records += _pax_record("path", name.encode("utf-8"))
+    if size > _MAX_OCTAL:
+        records += _pax_record("size", b"%d" % size)
+        size = 0
+    extended = _header_block(b"././@PaxHeader", len(records), _PAX_BEFORE_SIZE, _PAX_AFTER_SUM)
+    return extended + records + bytes(-len(records) % BLOCK) + _header_block(name.encode("ascii", "replace")[:100], size)
+
+
+def _header_block(name: bytes, size: int, before: bytes = _BEFORE_SIZE, after: bytes = _AFTER_SUM) -> bytes:
+    digits = b"%011o\0" % size
+    total = sum(name) + sum(digits) + (_FIXED_SUM if after is _AFTER_SUM else sum(before) + sum(_MTIME) + 256 + sum(after))
+    return b"".join((name.ljust(100, b"\0"), before, digits, _MTIME, b"%06o\0 " % total, after))
+
+
+def _pax_record(keyword: str, value: bytes) -> bytes:
+    """`LENGTH keyword=value\\n`, where LENGTH counts itself."""
+    rest = b" " + keyword.encode() + b"=" + value + b"\n"
+    length = len(rest)
+    while length != (grown := len(rest) + len(str(length))):
+        length = grown
+    return b"%d" % length + rest
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """A regular file of the archive: its header (with a pax header, if any, in front) begins at `offset`, its bytes at `start`."""
+
+    name: str
+    offset: int
+    start: int
+    size: int
+
+
+@dataclass
+class Walk:
+    """What an archive holds. `damage` is (offset, reason) where the walk had to stop before the end-of-archive blocks;
+    `rejected` are members that are no regular files (name, offset, reason); `end` is where the last member's blocks end."""
+
+    members: list[Member] = field(default_factory=list)
+    rejected: list[tuple[str, int, str]] = field(default_factory=list)
+    damage: tuple[int, str] | None = None
+    end: int = 0
+
+
+def walk(archive: bytes | mmap.mmap) -> Walk:
+    """Every member of an archive, in order, from its headers alone. Never raises on bytes: what is wrong is in the result."""
+    found = Walk()
+    length = len(archive)
+    at = entry = 0  # the block being read, and where the current entry began (its extended headers come first)
+    extended: dict[str, bytes] = {}
+
+    if archive[:2] == b"\x1f\x8b":
+        found.damage = (0, "compressed with gzip; shards are read in place: run gunzip on it first")
+        return found
+    while True:
+        header = archive[at : at + BLOCK]
+        if len(header) < BLOCK:
+            found.damage = (at, f"the file ends here, at {length:,} bytes, without end-of-archive blocks: cut, or still being written")
+            break
+        if not header[0] and not any(header):
+            found.damage = _check_end(archive, at)
+            break
+        reason, size = _check_header(header)
+        if not reason and "size" in extended and header[156] in b"0\0":
+            size = int(extended["size"]) if extended["size"].isdigit() else -1
+        start = at + BLOCK
+        after = start + (size + BLOCK - 1) // BLOCK * BLOCK
+        if not reason and (size < 0 or start + size > length):
+            reason = f"the file ends inside this member: {size:,} bytes promised, {max(0, length - start):,} are there"
+        if reason:
+            found.damage = (entry, reason)
+            break
+        kind = header[156:157]
+        if kind in b"xLgKX":
+            if size > _MAX_EXTENDED_HEADER:
+                found.damage = (entry, f"an extended header of {size:,} bytes")
+                break
+            body = archive[start : start + size]
+            if kind == b"L":
+                extended["path"] = body.rstrip(b"\0")
+            elif kind in b"xX":
+                records = _parse_pax(body)
+                if records is None:
+                    found.damage = (entry, "a pax header that cannot be read")
+                    break
+                extended |= records
+            at = after
+            continue
+        raw = extended["path"] if "path" in extended else _short_name(header)
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            found.rejected.append((repr(raw), entry, "its name is not UTF-8"))
+        else:
+            if kind in b"0\x007" and not name.endswith("/"):
+                if any(keyword.startswith("GNU.sparse") for keyword in extended):
+                    found.rejected.append((name, entry, f"{_KINDS[b'S']}, not a regular file"))
+                else:
+                    found.members.append(Member(name, entry, start, size))
+            elif kind not in b"0\x0075":
+                found.rejected.append((name, entry, f"{_KINDS.get(kind, f'of type {kind!r}')}, not a regular file"))
+        if extended:
+            extended = {}
+        at = entry = after
+    found.end = min(entry, length)
+    return found
+
+
+def _check_header(header: bytes) -> tuple[str, int]:
+    """(what is wrong or "", size) of one header block."""
+    stored = _octal(header[148:156])
+    # the low half of adler32 is 1 + the sum of all bytes, modulo 65521; the tar checksum is that sum with its own field as spaces
+    if stored is None or (stored - 8 * ord(" ") + sum(header[148:156]) + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
+        return "header checksum is wrong: not a tar, or damaged from here on", 0
+    size = int.from_bytes(header[125:136], "big") if header[124] == 0x80 else _octal(header[124:136])
+    return ("", size) if size is not None else (f"member size {header[124:136]!r} is not a number", 0)
+
+
+def _octal(digits: bytes) -> int | None:
+    digits = digits.strip(b" \0")
+    return int(digits or b"0", 8) if not digits.translate(None, b"01234567") else None
+
+
+def _short_name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        return header[345:500].partition(b"\0")[0] + b"/" + name
+    return name
+
+
+def _parse_pax(body: bytes) -> dict[str, bytes] | None:
+    """The records of a pax header, `LENGTH keyword=value\\n` each."""
+    records, at = {}, 0
+    while at < len(body) and body[at]:
+        digits, blank, _ = body[at : at + 20].partition(b" ")
+        end = at + int(digits) if blank and digits.isdigit() else 0
+        keyword, equals, value = body[at + len(digits) + 1 : end].partition(b"=")
+        if end > len(body) or not equals or value[-1:] != b"\n":
+            return None
+        records[keyword.decode("utf-8", "replace")] = value[:-1]
+        at = end
+    return records
+
+
+def _check_end(archive: bytes | mmap.mmap, at: int) -> tuple[int, str] | None:
+    """What is wrong with the end of an archive whose first zero block is at `at`: two such blocks, and nothing behind them."""
+    if len(archive) < at + len(END_OF_ARCHIVE):
+        return at, "the file ends inside the end-of-archive blocks"
+    for begin in range(at, len(archive), 1024 * 1024):
+        chunk = archive[begin : begin + 1024 * 1024]
+        if chunk.count(0) != len(chunk):
+            return at, "data after the end of the archive (two tars in one file?): every other reader loses it silently"
+    return None
