@@ -1,0 +1,79 @@
+"""What a metric is, and what it gives back.
+
+A metric looks at each sample once, and keeps of it two things: what the model made (`look`: an answer, what a reader finds in the
+drawn picture, features) and what it should have made (`expect`). Scores come from the two lists side by side, so a control is only
+another pairing: the *shuffled* one holds what the model made against what another prompt asked for. A score is a number, how many
+things it counts, an interval, and the protocol: everything that must be equal before two such numbers may stand in one column.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+Fields = Mapping[str, Any]  # the fields of one sample; "__key__" is its key
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number. `n` counts what was judged (samples, objects, questions, tokens), `samples` how many samples that came from.
+
+    `chance` is what answering without looking reaches, where that is known; `interval` is 95 %.
+    """
+
+    category: str
+    value: float
+    n: int
+    samples: int
+    interval: tuple[float, float] | None = None
+    chance: float | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures to measure a distance to: the fingerprint of their shards, their features (n, d)."""
+
+    fingerprint: str
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the metrics of one evaluation share: the seed of the bootstrap, the name of the network that compares pictures
+    (a key of FEATURES, or "best"), and the real pictures, if there are any."""
+
+    seed: int = 0
+    features: str = "best"
+    reference: Reference | None = None
+
+
+class Metric(Protocol):
+    """One file of stages/metrics/ per metric; METRICS lists them."""
+
+    paired: ClassVar[bool]  # False where pairing with another prompt makes no sense (distances between sets, codebook usage)
+
+    def __init__(self, setting: Setting) -> None: ...
+
+    @staticmethod
+    def applies(sample: Fields, setting: Setting) -> bool:
+        """Whether such a sample has what the metric judges."""
+        ...
+
+    def look(self, sample: Fields) -> Any:
+        """What to remember of the model's output: small, and all the expensive work. Raises DataError for a malformed field."""
+        ...
+
+    def expect(self, sample: Fields) -> Any:
+        """What to remember of the truth."""
+        ...
+
+    def scores(self, seen: list[Any], expected: list[Any]) -> list[Score]:
+        """The numbers over at least one sample; seen[i] was made for the prompt of expected[i], or is judged as if it had been."""
+        ...
+
+
+def prompt_key(sample: Fields) -> str:
+    """The key of the prompt a sample answers: its own, unless it is one of several samples for one prompt."""
+    return sample.get("meta", {}).get("prompt_key") or sample["__key__"]
