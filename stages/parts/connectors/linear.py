@@ -32,9 +32,10 @@ class LinearConfig(PartConfig):
     kind: Literal["linear"] = "linear"
     positions: Positions = "none"
     bias: bool = True
+    dim: int | None = None  # the output, on ports that enter no backbone (the joint space of contrastive towers)
 
     def build(self, in_dim: int, out_dim: int) -> "Projection":
-        return Projection([in_dim, out_dim], positions=self.positions, bias=self.bias)
+        return Projection([in_dim, self.dim or out_dim], positions=self.positions, bias=self.bias)
 
 
 class MLPConfig(PartConfig):

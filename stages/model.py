@@ -1,0 +1,329 @@
+"""Recipe → model: the networks, and for each port how its content enters and how its predictions leave.
+
+`Model.losses(batch)` is what every training step runs: corrupt (the objectives), embed (connectors), the backbone, then for
+each port only the rows that carry loss, through its head, over its own vocabulary. Nothing here knows a system; what differs
+between systems is which ports there are. The state dict's names are the recipe's addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from stages.errors import GuardError, RecipeError
+from stages.parts.backbones import KeyValueCache, Transformer
+from stages.parts.layers import TimestepEmbedding
+from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
+from stages.sequence.segment import Batch, Content, Layout, PortRows
+
+
+@dataclass(frozen=True)
+class PortLoss:
+    """Weighted sum of one port's token losses, and how many tokens that was."""
+
+    total: Tensor
+    count: int
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(1, self.count)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A port's ids within the vocabulary it shares: rows [start, stop) of the owner's embedding and head; `mask` is the extra
+    input row of masked-token objectives, -1 without one."""
+
+    owner: str
+    start: int
+    stop: int
+    total: int
+    mask: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class PortModule(nn.Module):
+    """The weights of one port: connector, head, timestep embedding; whichever it owns."""
+
+    def __init__(self, port: Port, connector: nn.Module | None, head: nn.Module | None, timestep: nn.Module | None) -> None:
+        super().__init__()
+        self.port = port
+        if connector is not None:
+            self.connector = connector
+        if head is not None:
+            self.head = head
+        if timestep is not None:
+            self.timestep = timestep
+
+
+class Model(nn.Module):
+    """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.slices = vocabulary_slices(recipe)
+        self.encoders = nn.ModuleDict({name: config.build(**_encoder_inputs(recipe, name)) for name, config in recipe.encoders.items()})
+        self.backbones = nn.ModuleDict({name: config.build() for name, config in recipe.backbones.items()})
+        self.ports = nn.ModuleDict({name: self._build_port(name) for name in recipe.ports})
+        used = {objective for phase in recipe.phases for task in phase.tasks for objective in recipe.tasks[task].objectives}
+        self.objectives = nn.ModuleDict({name: recipe.objectives[name].build() for name in recipe.objectives if name in used})  # type: ignore[attr-defined]
+
+    def _build_port(self, name: str) -> PortModule:
+        port = self.recipe.ports[name]
+        backbone = self.recipe.backbones.get(backbone_of(self.recipe, port)) if port.enters == "sequence" else None
+        width = backbone.width if backbone is not None else 0
+        connector: nn.Module | None = None
+        head: nn.Module | None = None
+        if port.is_ids and port.enters == "sequence":
+            piece = self.slices[name]
+            if piece.owner == name:
+                if port.connector is None:
+                    raise RecipeError(f"ports.{name}.connector: ids need one", hint='connector = { kind = "embedding" }')
+                connector = port.connector.build(piece.total + (piece.mask >= 0), width)
+                head = port.head.build(width, piece.total, tied_to=connector) if port.head is not None else None
+        else:
+            in_dim = self._content_dim(port)
+            if port.connector is not None:
+                connector = port.connector.build(in_dim, width)
+            if port.head is not None:
+                head = port.head.build(width, in_dim)
+        timestep = TimestepEmbedding(width) if port.timestep == "add" else None
+        return PortModule(port, connector, head, timestep)
+
+    def _content_dim(self, port: Port) -> int:
+        if port.encoder:
+            return self.encoders[port.encoder].out_dim  # type: ignore[return-value]
+        channels = self.recipe.autoencoders[port.autoencoder].latent_channels if port.autoencoder else 3
+        return channels * port.patch_size**2
+
+    def init_weights(self, generator: Generator) -> None:
+        """Every part that says how it starts, in a fixed order, from one generator."""
+        for module in _own_inits(self):
+            module.init_weights(generator)
+
+    @property
+    def backbone(self) -> Transformer:
+        network = next(iter(self.backbones.values()), None)
+        if not isinstance(network, Transformer):
+            raise RecipeError(f"recipe '{self.recipe.name}' has no sequence network")
+        return network
+
+    # training
+
+    def losses(self, batch: Batch, generator: Generator) -> dict[str, PortLoss]:
+        """One loss per port, and one per objective that looks across samples."""
+        noisy = self.corrupt(batch, generator)
+        losses: dict[str, PortLoss] = {}
+        if batch.layout.sample_id.numel():
+            hidden = self.hidden(noisy)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            for name, rows in noisy.ports.items():
+                if rows.supervised is not None:
+                    losses[name] = self._supervise(name, rows, flat)
+        for name, objective in self.objectives.items():
+            between = [address.removeprefix("ports.") for address in self.recipe.objectives[name].between]  # type: ignore[attr-defined]
+            if all(port in noisy.ports for port in between):
+                first, second = (self.pooled(port, noisy.ports[port]) for port in between)
+                losses[name] = PortLoss(objective(first, second), 1)
+        return losses
+
+    def corrupt(self, batch: Batch, generator: Generator) -> Batch:
+        """Each port's objective prepares its rows: what is hidden or noised, what is judged, where it is read."""
+        prepared = {}
+        for name, rows in batch.ports.items():
+            objective = self.recipe.ports[name].objective
+            if objective is None:
+                prepared[name] = rows
+            elif objective.kind == "masked-token":
+                prepared[name] = objective.corrupt(rows, generator, mask_id=self.slices[name].size)
+            else:
+                prepared[name] = objective.corrupt(rows, generator)
+        return replace(batch, ports=prepared)
+
+    def hidden(self, batch: Batch, cache: KeyValueCache | None = None) -> Tensor:
+        """The backbone's last hidden rows (b, l, d), after its final norm."""
+        return self.backbone(self.embed(batch), batch.layout, cache)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Every port's rows at their places: (b, l, d); padding is zero."""
+        b, length = batch.layout.shape
+        rows = torch.cat([rows.rows for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"])
+        vectors = torch.cat([self.embed_rows(name, rows) for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"])
+        return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, rows, vectors).reshape(b, length, -1)
+
+    def embed_rows(self, name: str, rows: PortRows) -> Tensor:
+        """One port's values → vectors (n, d)."""
+        module: Any = self.ports[name]
+        port = self.recipe.ports[name]
+        if port.is_ids:
+            return self.embed_ids(name, rows.values)
+        values = rows.values
+        if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
+            values = self.encoders[port.encoder](values).tokens
+            values = values.reshape(-1, values.shape[-1])
+        vectors = module.connector(values, rows.grids)
+        if port.timestep == "add":
+            t = rows.timestep if rows.timestep is not None else torch.zeros(vectors.shape[0], device=vectors.device)
+            levels, place = torch.unique(t, return_inverse=True)  # one row a picture, not one a token
+            vectors = vectors + module.timestep(levels).index_select(0, place)
+        return vectors
+
+    def embed_ids(self, name: str, ids: Tensor) -> Tensor:
+        """Ids of one port (the id after its last means hidden) → vectors, from the table its vocabulary shares."""
+        piece = self.slices[name]
+        owner: Any = self.ports[piece.owner]
+        shared = torch.where(ids == piece.size, piece.mask, ids + piece.start) if piece.mask >= 0 else ids + piece.start
+        return owner.connector(shared)
+
+    def predict(self, name: str, hidden: Tensor, *, whole: bool = False) -> Tensor:
+        """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors."""
+        port = self.recipe.ports[name]
+        module: Any = self.ports[self.slices[name].owner if port.is_ids else name]
+        if not port.is_ids:
+            return module.head(hidden)
+        piece = self.slices[name]
+        return module.head(hidden) if whole else module.head(hidden, piece.start, piece.stop)
+
+    def _supervise(self, name: str, rows: PortRows, flat: Tensor) -> PortLoss:
+        assert rows.supervised is not None and rows.read is not None and rows.goal is not None
+        picked = rows.supervised.nonzero().squeeze(1)
+        if not len(picked):
+            return PortLoss(flat.sum() * 0.0, 0)
+        objective: Any = self.recipe.ports[name].objective
+        whole = getattr(objective, "softmax", "port") == "vocabulary"
+        goal = rows.goal.index_select(0, picked)
+        if whole:
+            goal = goal + self.slices[name].start
+        prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole)
+        losses = objective.loss(prediction, goal) * rows.weight.index_select(0, picked)
+        return PortLoss(losses.sum(), len(picked))
+
+    def pooled(self, name: str, rows: PortRows) -> Tensor:
+        """What an encoder says of each segment as a whole: (s, dim), through the port's connector."""
+        port = self.recipe.ports[name]
+        module: Any = self.ports[name]
+        encoder = self.encoders[port.encoder]
+        features = encoder(rows.values) if rows.values.dim() == 4 else encoder(rows.values, rows.lengths)
+        return module.connector(features.pooled, rows.grids)
+
+
+def vocabulary_slices(recipe: Recipe) -> dict[str, Slice]:
+    """Where each port's ids lie in the vocabulary it shares. Order is that of the file, so the resolved recipe fixes every id."""
+    sizes: dict[str, int] = {}
+    groups: dict[str, list[str]] = {}
+    for name, port in recipe.ports.items():
+        if not port.is_ids:
+            continue
+        if port.content == Content.TOKEN_IDS:
+            sizes[name] = recipe.tokenizers[port.tokenizer].vocab_size
+        else:
+            codebook = recipe.autoencoders[port.autoencoder].codebook_size
+            if codebook is None:
+                raise RecipeError(f"ports.{name}: content is codes, but autoencoders.{port.autoencoder} has no quantizer")
+            sizes[name] = codebook
+        groups.setdefault(vocabulary_owner(recipe, name), []).append(name)
+    slices: dict[str, Slice] = {}
+    for owner, members in groups.items():
+        total = sum(_unique_sizes(recipe, members, sizes).values())
+        hides = any(objective is not None and objective.kind == "masked-token" for objective in (recipe.ports[m].objective for m in members))
+        starts: dict[str, int] = {}
+        for member in members:
+            source = _id_source(recipe, member)
+            starts.setdefault(source, sum(size for key, size in _unique_sizes(recipe, members[: members.index(member)], sizes).items()))
+            slices[member] = Slice(owner, starts[source], starts[source] + sizes[member], total, total if hides else -1)
+    return slices
+
+
+def _id_source(recipe: Recipe, name: str) -> str:
+    """Two ports over one tokenizer, or over one codebook, mean the same ids."""
+    port = recipe.ports[name]
+    return f"tokenizers.{port.tokenizer}" if port.content == Content.TOKEN_IDS else f"autoencoders.{port.autoencoder}"
+
+
+def _unique_sizes(recipe: Recipe, names: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
+    return {_id_source(recipe, name): sizes[name] for name in names}
+
+
+def _encoder_inputs(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What an encoder must know of its input: the vocabulary it reads, or the size of its pictures."""
+    for port in recipe.ports.values():
+        if port.encoder == name:
+            if port.tokenizer:
+                return {"vocab_size": recipe.tokenizers[port.tokenizer].vocab_size}
+            if port.view is None:
+                raise RecipeError(f"an encoder needs pictures of a known size: give the port of encoders.{name} a view")
+            return {"image_size": port.view.size}
+    raise RecipeError(f"encoders.{name}: no port uses it")
+
+
+def _own_inits(module: nn.Module) -> Iterable[Any]:
+    """The outermost modules below `module` that have an `init_weights` of their own."""
+    for child in module.children():
+        if hasattr(child, "init_weights"):
+            yield child
+        else:
+            yield from _own_inits(child)
+
+
+def build_model(recipe: Recipe, seed: int, device: str | torch.device = "cpu") -> Model:
+    """The recipe's model with fresh weights, a function of (recipe, seed) alone.
+
+    Parts without an `init_weights` (convolutions) start as torch starts them, under a seed of their own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Model(recipe)
+        model.init_weights(torch.Generator().manual_seed(seed))
+    return model.to(device)
+
+
+def meta_model(recipe: Recipe) -> Model:
+    """The same model without memory: shapes and counts only."""
+    with torch.device("meta"):
+        return Model(recipe)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def set_trainable(model: nn.Module, trainable: Iterable[str], frozen: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """Freeze all but what the phase names; returns the parameters that learn, with their addresses.
+
+    An address covers everything below it, "*" is everything. Raises RecipeError for an address that holds no weights, and
+    GuardError when nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for address in [*trainable, *frozen]:
+        if address != "*" and not any(covers(address, name) for name in names):
+            tops = {".".join(name.split(".")[:2]) for name in names}
+            raise RecipeError(f"'{address}' holds no weights to train or to freeze; there are: {', '.join(sorted(tops))}")
+    learning = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(covers(a, name) for a in trainable) and not any(covers(a, name) for a in frozen))
+        if parameter.requires_grad:
+            learning.append((name, parameter))
+    if not learning:
+        raise GuardError("every parameter is frozen: there is nothing to train")
+    for name, module in model.named_modules():
+        own = list(module.parameters())
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.train(False)  # a frozen tower keeps its statistics and drops nothing out
+    return learning
+
+
+def covers(address: str, name: str) -> bool:
+    return address == "*" or name == address or name.startswith(address + ".")
+
+
+def layout_like(layout: Layout, sample_id: Tensor) -> Layout:
+    """The same places for other owners: -1 turns a column into padding for that row."""
+    return replace(layout, sample_id=sample_id)

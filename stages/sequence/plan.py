@@ -1,0 +1,282 @@
+"""Sample + task → Sequence: the only place that knows how a row of a shard becomes what a network reads.
+
+A task of the recipe lists segments; the planner fills them with a sample's fields, puts markers around pictures, drops
+conditions (training draws that, guidance asks for it by group) and gives each segment its port's mask, positions and expert.
+The unconditional branch of guidance is planned by the very same path, so training and sampling cannot disagree about it.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.data.sample import Sample
+from stages.errors import DataError
+from stages.parts.layers import patchify
+from stages.parts.tokenizers import TextTokenizer
+from stages.parts.views.square import to_tensor
+from stages.recipe import EachSpec, Port, Recipe, SegmentSpec, Task, backbone_of
+from stages.sequence.segment import Content, MaskKind, PositionKind, Role, Segment, Sequence
+from stages.sequence.positions import positions_of
+
+PLACEHOLDER = re.compile(r"(\{[a-z_.]+\})")
+
+
+class MissingField(DataError):
+    """A sample lacks a field that a task needs."""
+
+
+class Planner:
+    """Plans samples for one recipe. `encoders` are asked how many tokens they make of a picture (`out_grid`), never run."""
+
+    def __init__(self, recipe: Recipe, tokenizers: Mapping[str, TextTokenizer], encoders: Mapping[str, Any] | None = None) -> None:
+        self.recipe, self.tokenizers, self.encoders = recipe, tokenizers, encoders or {}
+        self._literals: dict[tuple[str, str], list[int]] = {}
+        self._turn = 0
+
+    # which fields
+
+    def field_of(self, spec: SegmentSpec) -> str:
+        """The field of a shard that fills a segment: codes and latents stand beside the picture they were made from."""
+        port = self.recipe.ports[spec.port]
+        if port.content == Content.CODES:
+            return f"{spec.field}.{self.recipe.autoencoders[port.autoencoder].store}"
+        if port.content == Content.LATENTS and port.autoencoder:
+            return f"{spec.field}.{self.recipe.autoencoders[port.autoencoder].store}"
+        return spec.field
+
+    def fields_needed(self, tasks: Collection[str]) -> set[str]:
+        """Every field the reader must decode for these tasks, lists by the name of the list."""
+        needed: set[str] = set()
+        for name in tasks:
+            for entry in self.recipe.tasks[name].segments:
+                if isinstance(entry, EachSpec):
+                    needed.add(entry.each)
+                elif entry.field:
+                    needed |= {self.field_of(entry), f"{entry.field}.features"}
+                else:
+                    needed |= set(entry.fields)
+        return needed
+
+    def can_plan(self, task: str, fields: Collection[str]) -> bool:
+        """Whether samples with these fields can be trained on in this task."""
+        spec = self.recipe.tasks[task]
+        each = [entry.each for entry in spec.segments if isinstance(entry, EachSpec)]
+        plain = [s for s in spec.segments if isinstance(s, SegmentSpec) and not s.optional]
+        needed = {self.field_of(s) if s.field else f for s in plain for f in s.fields}
+        return needed.union(each) <= set(fields)
+
+    # training
+
+    def plan(self, sample: Sample, task: str, rng: random.Random) -> Sequence:
+        """One training example: conditions dropped by chance, list fields drawn from. Raises MissingField."""
+        spec = self.recipe.tasks[task]
+        dropped = self._draw_dropped(spec, rng)
+        segments: list[Segment] = []
+        held = 0
+        for segment_spec, values in self._filled(spec, sample, rng):
+            made = self._segments(segment_spec, values, dropped, sample)
+            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made else []
+            held = 0 if made else held + self._ticks(segment_spec, values, dropped, sample)
+        return Sequence(key=sample.key, task=task, segments=tuple(segments))
+
+    # sampling
+
+    def prompt(self, sample: Sample, task: str, *, drop: Collection[str] = (), record: int | None = None) -> tuple[list[Segment], list[SegmentSpec]]:
+        """What stands before the first thing the model is to write, and the specs that come from there on.
+
+        A text target that begins with a literal gives that literal to the model only if it holds no field: what carries loss is
+        the model's to write. `record` picks one entry of the task's list field.
+        """
+        spec = self.recipe.tasks[task]
+        segments: list[Segment] = []
+        held = 0
+        rest: list[SegmentSpec] = []
+        for segment_spec, values in self._filled(spec, sample, None, record=record, lenient=True):
+            if rest or segment_spec.role == Role.TARGET:
+                rest.append(segment_spec)
+                continue
+            made = self._segments(segment_spec, values, set(drop), sample)
+            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made else []
+            held = 0 if made else held + self._ticks(segment_spec, values, set(drop), sample)
+        return segments, rest
+
+    # how
+
+    def _filled(
+        self, task: Task, sample: Sample, rng: random.Random | None, *, record: int | None = None, lenient: bool = False
+    ) -> Iterator[tuple[SegmentSpec, Mapping[str, Any]]]:
+        """The task's segments in order, each with the values its fields take: the sample's own, or those of a list's record."""
+        for entry in task.segments:
+            if isinstance(entry, SegmentSpec):
+                if entry.optional and any(self._lacks(entry, name, sample.fields) for name in entry.fields):
+                    continue
+                yield entry, sample.fields
+                continue
+            records = sample.fields.get(entry.each)
+            if not isinstance(records, list):
+                raise MissingField(f"{sample.source or sample.key}: the task repeats over '{entry.each}', which is not a list here")
+            chosen = list(range(len(records))) if record is None else [record]
+            if rng is not None:
+                rng.shuffle(chosen)
+                chosen = chosen[: entry.limit or None]
+            for number in chosen:
+                for segment in entry.segments:
+                    if lenient or all(name in records[number] for name in segment.fields):
+                        yield segment, records[number]
+
+    def _lacks(self, spec: SegmentSpec, name: str, fields: Mapping[str, Any]) -> bool:
+        return (self.field_of(spec) if spec.field else name) not in fields
+
+    def _draw_dropped(self, task: Task, rng: random.Random) -> set[str]:
+        probabilities = {s.group: s.cond_dropout_prob for s in task.flat() if s.cond_dropout_prob > 0}
+        return {group for group, probability in sorted(probabilities.items()) if rng.random() < probability}
+
+    def _segments(self, spec: SegmentSpec, values: Mapping[str, Any], dropped: set[str], sample: Sample) -> list[Segment]:
+        """The segment with its markers, or nothing where it is dropped without a trace."""
+        port = self.recipe.ports[spec.port]
+        out = bool(spec.cond_dropout_prob) and spec.group in dropped
+        if out and not (port.null_condition == "empty" and port.content == Content.TOKEN_IDS):
+            return []
+        payload, grid = self._payload(spec, port, values, sample, empty=out)
+        if not len(payload):
+            return []
+        return self._wrap(spec, port, payload, grid)
+
+    def _ticks(self, spec: SegmentSpec, values: Mapping[str, Any], dropped: set[str], sample: Sample) -> int:
+        """How far the clock moves for a dropped condition that holds its time."""
+        port = self.recipe.ports[spec.port]
+        if port.null_condition != "hold" or spec.group not in dropped:
+            return 0
+        payload, grid = self._payload(spec, port, values, sample, empty=False)
+        return positions_of(self._wrap(spec, port, payload, grid))[1]
+
+    def block(self, spec: SegmentSpec, payload: Tensor, grid: tuple[int, ...]) -> list[Segment]:
+        """A picture's segments as the model will see them, markers included, for a payload made while sampling."""
+        return self._wrap(spec, self.recipe.ports[spec.port], payload, grid)
+
+    def _wrap(self, spec: SegmentSpec, port: Port, payload: Tensor, grid: tuple[int, ...]) -> list[Segment]:
+        mask = spec.mask or port.mask
+        segment = Segment(
+            port=spec.port,
+            payload=payload,
+            grid=grid,
+            role=spec.role,
+            mask=mask,
+            positions=port.positions,
+            expert=self._expert(port),
+            merge=spec.merge,
+            weight=1.0 if spec.weight is None else spec.weight,
+            timestep_range=spec.timestep_range,
+            field=spec.field or spec.text,
+            group=spec.group if spec.cond_dropout_prob else "",
+            in_table=port.enters == "sequence",
+        )
+        before, after = self.marker(port, spec, "before"), self.marker(port, spec, "after")
+        if before is not None:
+            segment = replace(segment, merge=port.markers.inside)
+        return [part for part in (before, segment, after) if part is not None]
+
+    def marker(self, port: Port, spec: SegmentSpec, side: str) -> Segment | None:
+        """The one-token segment before or after a picture. It belongs to the text port: its embedding, expert and loss."""
+        name = getattr(port.markers, side)
+        if not name:
+            return None
+        text = self.text_port(port)
+        text_port = self.recipe.ports[text]
+        token = self.tokenizers[text_port.tokenizer].special_id(name)
+        inside = port.markers.inside
+        return Segment(
+            port=text,
+            payload=torch.tensor([token]),
+            grid=(1,),
+            role=Role.TARGET if port.markers.supervised and spec.role == Role.TARGET else Role.CONTEXT,
+            mask=(spec.mask or port.mask) if inside else MaskKind.CAUSAL,
+            positions=port.positions if inside and port.positions == PositionKind.SHARED else PositionKind.SEQUENTIAL,
+            expert=self._expert(text_port),
+            merge=(spec.merge if side == "before" else True) if inside else False,
+            field=name,
+        )
+
+    def text_port(self, port: Port) -> str:
+        """The port whose tokens mark where a picture begins and ends: the first text port of the same network."""
+        network = backbone_of(self.recipe, port)
+        for name, other in self.recipe.ports.items():
+            if other.content == Content.TOKEN_IDS and other.enters == "sequence" and backbone_of(self.recipe, other) == network:
+                return name
+        raise DataError("markers need a port of token ids on the same backbone")
+
+    def _expert(self, port: Port) -> int:
+        if port.enters != "sequence" or not port.expert:
+            return 0
+        return self.recipe.backbones[backbone_of(self.recipe, port)].experts.index(port.expert)
+
+    def _payload(self, spec: SegmentSpec, port: Port, values: Mapping[str, Any], sample: Sample, *, empty: bool) -> tuple[Tensor, tuple[int, ...]]:
+        if port.content == Content.TOKEN_IDS or (port.content == Content.FEATURES and port.tokenizer):
+            ids = self._ids(spec, port, values, sample, empty=empty)
+            return torch.tensor(ids, dtype=torch.int64), (len(ids),)
+        name = self.field_of(spec)
+        if port.content == Content.CODES:
+            codes = self._array(name, values, sample)
+            return torch.from_numpy(codes.astype(np.int64)).reshape(-1), tuple(codes.shape)
+        if port.content == Content.LATENTS:
+            if port.autoencoder:
+                latents = torch.from_numpy(self._array(name, values, sample).astype(np.float32))
+            else:
+                latents = to_tensor(self._picture(port, self._array(name, values, sample)))
+            grid = (latents.shape[1] // port.patch_size, latents.shape[2] // port.patch_size)
+            return patchify(latents, port.patch_size), grid
+        if f"{spec.field}.features" in values:
+            features = torch.from_numpy(values[f"{spec.field}.features"].astype(np.float32))
+            return features, (features.shape[0],)
+        picture = to_tensor(self._picture(port, self._array(spec.field, values, sample)))
+        encoder = self.encoders[port.encoder]
+        return picture, encoder.out_grid(picture.shape[1], picture.shape[2])
+
+    def _picture(self, port: Port, image: np.ndarray) -> np.ndarray:
+        return port.view.apply(image) if port.view is not None else image
+
+    def _array(self, name: str, values: Mapping[str, Any], sample: Sample) -> np.ndarray:
+        if name not in values:
+            base = name.split(".")[0]
+            hint = f"`mmgen tokenize` writes '{name}' from '{base}'" if "." in name and base in values else f"this sample has: {', '.join(sorted(values))}"
+            raise MissingField(f"{sample.source or sample.key}: the field '{name}' is missing", hint=hint)
+        return values[name]
+
+    def _ids(self, spec: SegmentSpec, port: Port, values: Mapping[str, Any], sample: Sample, *, empty: bool) -> list[int]:
+        """Literals may hold special tokens, fields never do; each piece is tokenized on its own, so a mask can never be off by one."""
+        tokenizer = self.tokenizers[port.tokenizer]
+        ids: list[int] = []
+        for piece in PLACEHOLDER.split(spec.text) if spec.text else [f"{{{spec.field}}}"]:
+            if not piece:
+                continue
+            if PLACEHOLDER.fullmatch(piece):
+                ids += [] if empty else self._field_ids(tokenizer, piece[1:-1], values, sample)
+                continue
+            known = (port.tokenizer, piece)
+            if known not in self._literals:
+                self._literals[known] = tokenizer.encode(piece, special=True)
+            ids += self._literals[known]
+        return ids
+
+    def _field_ids(self, tokenizer: TextTokenizer, name: str, values: Mapping[str, Any], sample: Sample) -> list[int]:
+        if name not in values:
+            raise MissingField(f"{sample.source or sample.key}: the field '{name}' is missing", hint=f"this sample has: {', '.join(sorted(values))}")
+        value = values[name]
+        if isinstance(value, list):
+            if not value:
+                raise MissingField(f"{sample.source or sample.key}: the list '{name}' is empty")
+            value = value[(self._turn + zlib.crc32(sample.key.encode())) % len(value)]
+        if not isinstance(value, str):
+            raise MissingField(f"{sample.source or sample.key}: '{name}' holds {type(value).__name__}, expected text")
+        return tokenizer.encode(value)
+
+    def at_epoch(self, epoch: int) -> None:
+        """List fields give one entry an epoch, each in its turn, beginning where the sample's key says."""
+        self._turn = epoch

@@ -1,0 +1,256 @@
+"""A checkpoint is a folder that is a Hub model repository: weights, config, resolved recipe, model card, and the tokenizers.
+
+    model.safetensors  config.json  recipe.toml  README.md  tokenizers/<name>-<fingerprint>/…
+
+`sample` and `eval` need the folder and nothing else. A text tokenizer's checkpoint has tokenizer.json in place of weights.
+Training state is apart, in state/step-00001000/ (`stages/training/state.py`), and never read by anything but a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from stages.errors import DataError, UsageError
+from stages.files import replace_folder, write_atomic
+from stages.model import Model, build_model, count_parameters, covers
+from stages.parts.autoencoders import Autoencoder
+from stages.parts.tokenizers import TextTokenizer, load_tokenizer
+from stages.recipe import Recipe, load_recipe
+
+WEIGHTS = "model.safetensors"
+TRAVELS = (WEIGHTS, "config.json", "recipe.toml", "README.md", "tokenizer.json", "tokenizer_config.json")
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors so that equal weights give equal bytes: sorted names, one metadata key, whole or not at all."""
+    ready = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
+    write_atomic(path, save(ready, metadata={"format": "pt"}))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. DataError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def save_checkpoint(
+    out: Path,
+    recipe: Recipe,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizers: Mapping[str, Path] | None = None,
+    card: str = "",
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights, config, recipe and model card into `out`, and copies of the tokenizers the model was trained with.
+
+    tokenizers: recipe address ("tokenizers.bpe", "autoencoders.vq") → folder of its checkpoint.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    travelling: dict[str, str] = {}
+    for address, folder in (tokenizers or {}).items():
+        name = f"{address.split('.')[-1]}-{fingerprint(folder)[:8]}"
+        travelling[address] = name
+        if not (out / "tokenizers" / name).is_dir():
+            copy_tokenizer(folder, out / "tokenizers" / name)
+    if tensors:
+        save_weights(out / WEIGHTS, tensors)
+    config = {
+        "model_type": "mmgen",
+        "architectures": [recipe.name],
+        "mmgen_version": version("mmgen-cli"),
+        "size": recipe.size,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tokenizers": travelling,
+        **(facts or {}),
+    }
+    write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(out / "recipe.toml", recipe.to_toml())
+    write_atomic(out / "README.md", card or model_card(recipe, config, str(out)))
+
+
+def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
+    """The README.md of a checkpoint: what it is, what it differs in, how to use it."""
+    paper = recipe.paper
+    differs = "\n".join(f"- {line}" for line in paper.differs) or "- nothing that is known"
+    source = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" + (f", *{paper.title}*" if paper.title else "")
+    facts = "\n".join(f"| {name} | {value} |" for name, value in config.items() if isinstance(value, (int, float, str)))
+    use = f"mmgen eval {path} SHARDS --out runs/eval" if recipe.autoencoders and not recipe.backbones else f'mmgen sample {path} --prompt "…" --out runs/samples'
+    if recipe.tokenizers and not recipe.ports:
+        use = f"mmgen tokenize SHARDS --tokenizer {path} --out data/tokens"
+    return (
+        f"---\nlibrary_name: mmgen\ntags:\n- mmgen\n---\n\n# {recipe.name} ({recipe.size})\n\n"
+        f"After {source}.\n\n```sh\n{use}\n```\n\n| | |\n|---|---|\n{facts}\n\n"
+        f"Differs from the paper:\n\n{differs}\n\nThe resolved recipe is `recipe.toml`, the command and the data are in `run.json`, the curves in `metrics.jsonl`.\n"
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of what a checkpoint computes: its sorted tensors and the recipe's sections, never of its files."""
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder).fingerprint
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder}: not a checkpoint, there is no {WEIGHTS}")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_weights(folder / WEIGHTS).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    recipe = load_recipe(folder)
+    sections = {key: recipe.source.get(key) for key in ("autoencoders", "encoders", "backbones", "ports") if recipe.source.get(key)}
+    digest.update(json.dumps(sections, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files of a tokenizer that its users need, into another folder, whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in TRAVELS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+    replace_folder(partial, target)
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load every tensor; missing, unexpected and reshaped ones are an error that lists them."""
+    own = module.state_dict()
+    missing = sorted(set(own) - set(tensors))
+    unexpected = sorted(set(tensors) - set(own))
+    reshaped = sorted(f"{name} {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}" for name in set(own) & set(tensors) if own[name].shape != tensors[name].shape)
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped)):
+        if names:
+            raise DataError(f"{where}: {len(missing)} weights missing, {len(unexpected)} unexpected, {len(reshaped)} reshaped; {title}: " + ", ".join(names[:6]) + (" …" if len(names) > 6 else ""))
+    module.load_state_dict(dict(tensors))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model with its recipe, and where its tokenizers lie by recipe address."""
+
+    folder: Path
+    recipe: Recipe
+    config: dict[str, Any]
+    tokenizers: dict[str, Path]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's recipe and config, without weights. UsageError if it is not one."""
+    for name in ("config.json", "recipe.toml"):
+        if not (folder / name).is_file():
+            what = "no such folder" if not folder.is_dir() else f"not a checkpoint, there is no {name}"
+            raise UsageError(f"{folder}: {what}", hint="a checkpoint is what pretrain-tokenizer, align and train-unified write to --out")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizers = {address: folder / "tokenizers" / name for address, name in config.get("tokenizers", {}).items()}
+    return Checkpoint(folder, load_recipe(folder), config, tokenizers)
+
+
+def load_model(folder: Path, device: str = "cpu", *, untrained: bool = False, seed: int = 0) -> tuple[Checkpoint, Model]:
+    """The model of a checkpoint, in evaluation mode; `untrained` leaves the fresh weights, as a control."""
+    checkpoint = open_checkpoint(folder)
+    model = build_model(checkpoint.recipe, seed)
+    if not untrained:
+        load_strict(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+    return checkpoint, model.to(device).eval()
+
+
+def load_autoencoder(folder: Path, device: str = "cpu") -> Autoencoder:
+    """The autoencoder of a pretrain-tokenizer checkpoint, in evaluation mode."""
+    recipe = open_checkpoint(folder).recipe
+    if len(recipe.autoencoders) != 1:
+        raise UsageError(f"{folder}: expected the checkpoint of one autoencoder, its recipe has {len(recipe.autoencoders)}")
+    name, config = next(iter(recipe.autoencoders.items()))
+    autoencoder = config.build()
+    prefix = f"autoencoders.{name}."
+    tensors = {key.removeprefix(prefix): value for key, value in read_weights(folder / WEIGHTS).items() if key.startswith(prefix)}
+    load_strict(autoencoder, tensors, str(folder / WEIGHTS))
+    return autoencoder.to(device).eval()
+
+
+def load_any_tokenizer(folder: Path, device: str = "cpu") -> TextTokenizer | Autoencoder:
+    """Whatever `tokenize` can run: a text tokenizer or an autoencoder."""
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else load_autoencoder(folder, device)
+
+
+def init_part(model: Model, address: str, folder: Path) -> list[str]:
+    """Start one part of a model from a checkpoint; returns the addresses that were filled.
+
+    `folder` may end in `#address` of the source part; without it the same address is tried, then the only part of the same
+    family that fits. On a network, the source's ports of the same name come along where their shapes fit (embedding, head).
+    """
+    text, _, source_address = str(folder).partition("#")
+    path = Path(text)
+    weights = read_weights(open_checkpoint(path).folder / WEIGHTS)
+    own = {name: value for name, value in model.state_dict().items() if covers(address, name)}
+    if not own:
+        tops = sorted({".".join(name.split(".")[:2]) for name in model.state_dict()})
+        raise UsageError(f"--init {address}: the recipe has no such part", hint="parts with weights: " + ", ".join(tops))
+    family = address.split(".")[0]
+    candidates = [source_address] if source_address else [address, *sorted({".".join(n.split(".")[:2]) for n in weights if n.startswith(family + ".")} - {address})]
+    problem = ""
+    for candidate in candidates:
+        found = {address + name.removeprefix(candidate): value for name, value in weights.items() if covers(candidate, name)}
+        if not found:
+            continue
+        wrong = sorted(name for name in set(own) ^ set(found)) + sorted(n for n in set(own) & set(found) if own[n].shape != found[n].shape)
+        if wrong:
+            problem = problem or f"{candidate} does not fit: {len(wrong)} weights differ in name or shape, first {wrong[0]}"
+            continue
+        filled = dict(found)
+        if family == "backbones":
+            ports = {name: value for name, value in weights.items() if name.startswith("ports.")}
+            current = model.state_dict()
+            filled |= {name: value for name, value in ports.items() if name in current and current[name].shape == value.shape}
+        model.load_state_dict(filled, strict=False)  # strict by hand above: every name of the part was matched
+        return sorted({".".join(name.split(".")[:2]) for name in filled})
+    raise UsageError(f"--init {address}={path}: " + (problem or f"the checkpoint has no {family}; it holds: " + ", ".join(sorted({".".join(n.split('.')[:2]) for n in weights}))))
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """What is in a checkpoint: recipe, parts with their parameter counts, tokenizers; for `mmgen inspect`."""
+    checkpoint = open_checkpoint(folder)
+    parts: dict[str, int] = {}
+    if (folder / WEIGHTS).is_file():
+        for name, tensor in read_weights(folder / WEIGHTS).items():
+            part = ".".join(name.split(".")[:2])
+            parts[part] = parts.get(part, 0) + tensor.numel()
+    described: dict[str, Any] = {
+        "kind": "checkpoint",
+        "recipe": checkpoint.recipe.name,
+        "size": checkpoint.recipe.size,
+        "parameters": sum(parts.values()),
+        "parts": parts,
+        "fingerprint": fingerprint(folder),
+        "tokenizers": {address: path.name for address, path in checkpoint.tokenizers.items()},
+        "config": checkpoint.config,
+    }
+    for name, config in checkpoint.recipe.autoencoders.items():
+        if f"autoencoders.{name}" in parts:
+            described["tokenizer"] = {"downsample": config.downsample, "latent_channels": config.latent_channels, "codebook_size": config.codebook_size}
+    if (folder / "tokenizer.json").is_file():
+        described["tokenizer"] = {"vocab_size": load_tokenizer(folder).vocab_size}
+    return described
+
+
+def count_addresses(model: nn.Module) -> dict[str, int]:
+    """Parameters by part: address (two steps) → count."""
+    counts: dict[str, int] = {}
+    for family, table in model.named_children():
+        for name, part in table.named_children():
+            counts[f"{family}.{name}"] = count_parameters(part)
+    return {address: count for address, count in counts.items() if count}
