@@ -1,0 +1,16 @@
+"""Samplers: how a trained network is turned into samples. One row of the dict per kind; a recipe writes the kind as `sampler`."""
+
+from stages.parts.samplers.denoise import DdimConfig, EulerConfig, HeunConfig
+from stages.parts.samplers.guidance import SamplerConfig
+from stages.parts.samplers.logits import AutoregressiveConfig
+from stages.parts.samplers.masked import MaskedConfig
+
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    "autoregressive": AutoregressiveConfig,
+    "masked": MaskedConfig,
+    "euler": EulerConfig,
+    "ddim": DdimConfig,
+    "heun": HeunConfig,
+}
+
+__all__ = ["SAMPLERS", "AutoregressiveConfig", "DdimConfig", "EulerConfig", "HeunConfig", "MaskedConfig", "SamplerConfig"]
