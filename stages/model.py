@@ -156,7 +156,9 @@ class Model(nn.Module):
         """Every port's rows at their places: (b, l, d); padding is zero."""
         b, length = batch.layout.shape
         rows = torch.cat([rows.rows for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"])
-        vectors = torch.cat([self.embed_rows(name, rows) for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"])
+        vectors = torch.cat(
+            [self.embed_rows(name, rows) for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"]
+        )
         return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, rows, vectors).reshape(b, length, -1)
 
     def embed_rows(self, name: str, rows: PortRows) -> Tensor:
@@ -233,7 +235,9 @@ def vocabulary_slices(recipe: Recipe) -> dict[str, Slice]:
     slices: dict[str, Slice] = {}
     for owner, members in groups.items():
         total = sum(_unique_sizes(recipe, members, sizes).values())
-        hides = any(objective is not None and objective.kind == "masked-token" for objective in (recipe.ports[m].objective for m in members))
+        hides = any(
+            objective is not None and objective.kind == "masked-token" for objective in (recipe.ports[m].objective for m in members)
+        )
         starts: dict[str, int] = {}
         for member in members:
             source = _id_source(recipe, member)

@@ -254,13 +254,17 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
         if resolved_size is None:
             raise RecipeError(f"{path}: [sizes.tiny], [sizes.small] and [sizes.paper] are required")
         if size is not None and size != resolved_size:
-            raise RecipeError(f"{path}: already resolved at size '{resolved_size}', it cannot become '{size}'", hint="start from the shipped recipe")
+            raise RecipeError(
+                f"{path}: already resolved at size '{resolved_size}', it cannot become '{size}'", hint="start from the shipped recipe"
+            )
         chosen = resolved_size
     else:
         missing = [s for s in SIZES if s not in sizes]
         unknown = [s for s in sizes if s not in SIZES]
         if missing or unknown:
-            raise RecipeError(f"{path}: sizes must be tiny, small and paper" + (f"; missing {missing}" if missing else f"; unknown {unknown}"))
+            raise RecipeError(
+                f"{path}: sizes must be tiny, small and paper" + (f"; missing {missing}" if missing else f"; unknown {unknown}")
+            )
         chosen = size or "small"
         for other in SIZES:  # all of them must reach existing keys, whichever is asked for
             merged = _merge(_copy(tables), sizes[other], where=f"{path}: sizes.{other}")
@@ -404,7 +408,9 @@ def _check(recipe: Recipe) -> None:
         _known(port.backbone, recipe.backbones, f"{here}.backbone")
         if port.enters == "sequence":
             if not recipe.backbones:
-                raise RecipeError(f"{here}: enters a sequence, but the recipe has no backbone", hint='write enters = "none", or a [backbones.NAME] table')
+                raise RecipeError(
+                    f"{here}: enters a sequence, but the recipe has no backbone", hint='write enters = "none", or a [backbones.NAME] table'
+                )
             if len(recipe.backbones) > 1 and not port.backbone:
                 raise RecipeError(f"{here}.backbone: write which one, there are several", hint=nearest("", recipe.backbones))
             experts = recipe.backbones[backbone_of(recipe, port)].experts
@@ -415,10 +421,12 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         needed = {Content.TOKEN_IDS: "tokenizer", Content.CODES: "autoencoder"}.get(port.content)
         if needed and not getattr(port, needed):
-            raise RecipeError(f"{here}.{needed}: content \"{port.content}\" needs one")
+            raise RecipeError(f'{here}.{needed}: content "{port.content}" needs one')
         owner = vocabulary_owner(recipe, name)
         if port.objective is not None and recipe.ports[owner].head is None:
-            raise RecipeError(f"{here}.head: an objective needs a head" + (f", on ports.{owner}, which owns the vocabulary" if owner != name else ""))
+            raise RecipeError(
+                f"{here}.head: an objective needs a head" + (f", on ports.{owner}, which owns the vocabulary" if owner != name else "")
+            )
     for name, task in recipe.tasks.items():
         _check_task(recipe, name, task)
     names = [phase.name for phase in recipe.phases]
@@ -438,7 +446,10 @@ def _check(recipe: Recipe) -> None:
         if objective is None:
             raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
         if sampler not in fitting[objective.kind]:
-            raise RecipeError(f"sample.{name}.sampler: '{sampler}' does not fit the objective '{objective.kind}'", hint=nearest("", fitting[objective.kind]))
+            raise RecipeError(
+                f"sample.{name}.sampler: '{sampler}' does not fit the objective '{objective.kind}'",
+                hint=nearest("", fitting[objective.kind]),
+            )
     _check_guidance(recipe)
 
 
@@ -459,10 +470,14 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
         if previous is not None:
             before = previous.mask or recipe.ports[previous.port].mask
             if segment.merge and before != mask:
-                raise RecipeError(f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask")
+                raise RecipeError(
+                    f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask"
+                )
             shifted = port.objective is not None and port.objective.kind == "next-token" and segment.role == Role.TARGET
             if shifted and before == MaskKind.ISOLATED and not segment.merge and not port.markers.before:
-                raise RecipeError(f"{here}: a next-token target cannot follow an isolated block, whose rows it may not see", hint="give it a start marker")
+                raise RecipeError(
+                    f"{here}: a next-token target cannot follow an isolated block, whose rows it may not see", hint="give it a start marker"
+                )
         if segment.cond_dropout_prob and probabilities.setdefault(segment.group, segment.cond_dropout_prob) != segment.cond_dropout_prob:
             raise RecipeError(f"{here}: the drop group '{segment.group}' has two probabilities in one task")
         previous = segment
@@ -478,7 +493,10 @@ def _check_guidance(recipe: Recipe) -> None:
         writes = [task for task, spec in recipe.tasks.items() if any(s.port == name and s.role == Role.TARGET for s in spec.flat())]
         dropped = {s.group for task in writes if task in trained for s in recipe.tasks[task].flat() if s.cond_dropout_prob > 0}
         if writes and not dropped:
-            raise RecipeError(f"sample.{name}.guidance_scale: no task that writes '{name}' ever drops its condition", hint="give a context segment cond_dropout_prob = 0.1")
+            raise RecipeError(
+                f"sample.{name}.guidance_scale: no task that writes '{name}' ever drops its condition",
+                hint="give a context segment cond_dropout_prob = 0.1",
+            )
 
 
 def _known(name: str, choices: Mapping[str, Any] | tuple[str, ...], where: str) -> None:

@@ -106,7 +106,9 @@ def _place(sequence: Sequence, number: int, first: int) -> Iterable[_Placed]:
             continue
         if segment.merge and previous is not None:
             if segment.mask != previous.mask:
-                raise ValueError(f"'{segment.port}' is merged into a block of '{previous.port}' but one is {segment.mask}, the other {previous.mask}")
+                raise ValueError(
+                    f"'{segment.port}' is merged into a block of '{previous.port}' but one is {segment.mask}, the other {previous.mask}"
+                )
         else:
             block += 1
         yield _Placed(segment, number, first, start, block, positions[place])

@@ -22,8 +22,8 @@ from stages.parts.layers import patchify
 from stages.parts.tokenizers import TextTokenizer
 from stages.parts.views.square import to_tensor
 from stages.recipe import EachSpec, Port, Recipe, SegmentSpec, Task, backbone_of
-from stages.sequence.segment import Content, MaskKind, PositionKind, Role, Segment, Sequence
 from stages.sequence.positions import positions_of
+from stages.sequence.segment import Content, MaskKind, PositionKind, Role, Segment, Sequence
 
 PLACEHOLDER = re.compile(r"(\{[a-z_.]+\})")
 
@@ -39,6 +39,7 @@ class Planner:
         self.recipe, self.tokenizers, self.encoders = recipe, tokenizers, encoders or {}
         self._literals: dict[tuple[str, str], list[int]] = {}
         self._turn = 0
+        self.features: dict[tuple[str, str, str], Tensor] = {}  # (key, port, field) → what a frozen encoder said, computed once
 
     # which fields
 
@@ -59,7 +60,7 @@ class Planner:
                 if isinstance(entry, EachSpec):
                     needed.add(entry.each)
                 elif entry.field:
-                    needed |= {self.field_of(entry), f"{entry.field}.features"}
+                    needed.add(self.field_of(entry))
                 else:
                     needed |= set(entry.fields)
         return needed
@@ -88,7 +89,9 @@ class Planner:
 
     # sampling
 
-    def prompt(self, sample: Sample, task: str, *, drop: Collection[str] = (), record: int | None = None) -> tuple[list[Segment], list[SegmentSpec]]:
+    def prompt(
+        self, sample: Sample, task: str, *, drop: Collection[str] = (), record: int | None = None
+    ) -> tuple[list[Segment], list[SegmentSpec]]:
         """What stands before the first thing the model is to write, and the specs that come from there on.
 
         A text target that begins with a literal gives that literal to the model only if it holds no field: what carries loss is
@@ -217,7 +220,9 @@ class Planner:
             return 0
         return self.recipe.backbones[backbone_of(self.recipe, port)].experts.index(port.expert)
 
-    def _payload(self, spec: SegmentSpec, port: Port, values: Mapping[str, Any], sample: Sample, *, empty: bool) -> tuple[Tensor, tuple[int, ...]]:
+    def _payload(
+        self, spec: SegmentSpec, port: Port, values: Mapping[str, Any], sample: Sample, *, empty: bool
+    ) -> tuple[Tensor, tuple[int, ...]]:
         if port.content == Content.TOKEN_IDS or (port.content == Content.FEATURES and port.tokenizer):
             ids = self._ids(spec, port, values, sample, empty=empty)
             return torch.tensor(ids, dtype=torch.int64), (len(ids),)
@@ -232,12 +237,16 @@ class Planner:
                 latents = to_tensor(self._picture(port, self._array(name, values, sample)))
             grid = (latents.shape[1] // port.patch_size, latents.shape[2] // port.patch_size)
             return patchify(latents, port.patch_size), grid
-        if f"{spec.field}.features" in values:
-            features = torch.from_numpy(values[f"{spec.field}.features"].astype(np.float32))
-            return features, (features.shape[0],)
-        picture = to_tensor(self._picture(port, self._array(spec.field, values, sample)))
         encoder = self.encoders[port.encoder]
+        if values is sample.fields and (sample.key, spec.port, spec.field) in self.features:
+            features = self.features[sample.key, spec.port, spec.field]
+            return features, (features.shape[0],)
+        picture = self.picture(spec.port, self._array(spec.field, values, sample))
         return picture, encoder.out_grid(picture.shape[1], picture.shape[2])
+
+    def picture(self, port: str, image: np.ndarray) -> Tensor:
+        """A uint8 picture through a port's view: float (3, H, W) in [-1, 1], as the port's encoder is shown it."""
+        return to_tensor(self._picture(self.recipe.ports[port], image))
 
     def _picture(self, port: Port, image: np.ndarray) -> np.ndarray:
         return port.view.apply(image) if port.view is not None else image
@@ -245,7 +254,11 @@ class Planner:
     def _array(self, name: str, values: Mapping[str, Any], sample: Sample) -> np.ndarray:
         if name not in values:
             base = name.split(".")[0]
-            hint = f"`mmgen tokenize` writes '{name}' from '{base}'" if "." in name and base in values else f"this sample has: {', '.join(sorted(values))}"
+            hint = (
+                f"`mmgen tokenize` writes '{name}' from '{base}'"
+                if "." in name and base in values
+                else f"this sample has: {', '.join(sorted(values))}"
+            )
             raise MissingField(f"{sample.source or sample.key}: the field '{name}' is missing", hint=hint)
         return values[name]
 
@@ -267,7 +280,9 @@ class Planner:
 
     def _field_ids(self, tokenizer: TextTokenizer, name: str, values: Mapping[str, Any], sample: Sample) -> list[int]:
         if name not in values:
-            raise MissingField(f"{sample.source or sample.key}: the field '{name}' is missing", hint=f"this sample has: {', '.join(sorted(values))}")
+            raise MissingField(
+                f"{sample.source or sample.key}: the field '{name}' is missing", hint=f"this sample has: {', '.join(sorted(values))}"
+            )
         value = values[name]
         if isinstance(value, list):
             if not value:

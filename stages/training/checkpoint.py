@@ -90,7 +90,11 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
     differs = "\n".join(f"- {line}" for line in paper.differs) or "- nothing that is known"
     source = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" + (f", *{paper.title}*" if paper.title else "")
     facts = "\n".join(f"| {name} | {value} |" for name, value in config.items() if isinstance(value, (int, float, str)))
-    use = f"mmgen eval {path} SHARDS --out runs/eval" if recipe.autoencoders and not recipe.backbones else f'mmgen sample {path} --prompt "…" --out runs/samples'
+    use = (
+        f"mmgen eval {path} SHARDS --out runs/eval"
+        if recipe.autoencoders and not recipe.backbones
+        else f'mmgen sample {path} --prompt "…" --out runs/samples'
+    )
     if recipe.tokenizers and not recipe.ports:
         use = f"mmgen tokenize SHARDS --tokenizer {path} --out data/tokens"
     return (
@@ -132,10 +136,18 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     own = module.state_dict()
     missing = sorted(set(own) - set(tensors))
     unexpected = sorted(set(tensors) - set(own))
-    reshaped = sorted(f"{name} {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}" for name in set(own) & set(tensors) if own[name].shape != tensors[name].shape)
+    reshaped = sorted(
+        f"{name} {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in set(own) & set(tensors)
+        if own[name].shape != tensors[name].shape
+    )
     for title, names in (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped)):
         if names:
-            raise DataError(f"{where}: {len(missing)} weights missing, {len(unexpected)} unexpected, {len(reshaped)} reshaped; {title}: " + ", ".join(names[:6]) + (" …" if len(names) > 6 else ""))
+            raise DataError(
+                f"{where}: {len(missing)} weights missing, {len(unexpected)} unexpected, {len(reshaped)} reshaped; {title}: "
+                + ", ".join(names[:6])
+                + (" …" if len(names) > 6 else "")
+            )
     module.load_state_dict(dict(tensors))
 
 
@@ -201,7 +213,11 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
         tops = sorted({".".join(name.split(".")[:2]) for name in model.state_dict()})
         raise UsageError(f"--init {address}: the recipe has no such part", hint="parts with weights: " + ", ".join(tops))
     family = address.split(".")[0]
-    candidates = [source_address] if source_address else [address, *sorted({".".join(n.split(".")[:2]) for n in weights if n.startswith(family + ".")} - {address})]
+    candidates = (
+        [source_address]
+        if source_address
+        else [address, *sorted({".".join(n.split(".")[:2]) for n in weights if n.startswith(family + ".")} - {address})]
+    )
     problem = ""
     for candidate in candidates:
         found = {address + name.removeprefix(candidate): value for name, value in weights.items() if covers(candidate, name)}
@@ -218,7 +234,10 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
             filled |= {name: value for name, value in ports.items() if name in current and current[name].shape == value.shape}
         model.load_state_dict(filled, strict=False)  # strict by hand above: every name of the part was matched
         return sorted({".".join(name.split(".")[:2]) for name in filled})
-    raise UsageError(f"--init {address}={path}: " + (problem or f"the checkpoint has no {family}; it holds: " + ", ".join(sorted({".".join(n.split('.')[:2]) for n in weights}))))
+    raise UsageError(
+        f"--init {address}={path}: "
+        + (problem or f"the checkpoint has no {family}; it holds: " + ", ".join(sorted({".".join(n.split(".")[:2]) for n in weights})))
+    )
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
@@ -241,7 +260,11 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     }
     for name, config in checkpoint.recipe.autoencoders.items():
         if f"autoencoders.{name}" in parts:
-            described["tokenizer"] = {"downsample": config.downsample, "latent_channels": config.latent_channels, "codebook_size": config.codebook_size}
+            described["tokenizer"] = {
+                "downsample": config.downsample,
+                "latent_channels": config.latent_channels,
+                "codebook_size": config.codebook_size,
+            }
     if (folder / "tokenizer.json").is_file():
         described["tokenizer"] = {"vocab_size": load_tokenizer(folder).vocab_size}
     return described

@@ -24,4 +24,13 @@ OBJECTIVES: dict[str, type[PartConfig]] = {
     "reconstruction": ReconstructionConfig,
 }
 
-__all__ = ["OBJECTIVES", "ROW_OBJECTIVES", "ContrastiveConfig", "DenoiseConfig", "MaskedTokenConfig", "NextTokenConfig", "ReconstructionConfig", "RowObjective"]
+__all__ = [
+    "OBJECTIVES",
+    "ROW_OBJECTIVES",
+    "ContrastiveConfig",
+    "DenoiseConfig",
+    "MaskedTokenConfig",
+    "NextTokenConfig",
+    "ReconstructionConfig",
+    "RowObjective",
+]

@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from stages.parts.config import PartConfig
-from stages.parts.prediction import prediction_target
-from stages.parts.schedules import NOISE_SCHEDULES, TIMESTEP_DISTRIBUTIONS, shift_timesteps
+from stages.parts.prediction import target
+from stages.parts.schedules import NOISE_SCHEDULES, draw_timesteps
 from stages.sequence.segment import PortRows
 
 
@@ -28,16 +28,15 @@ class DenoiseConfig(PartConfig):
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
         """One t for each target segment; context segments stay clean at t = 0."""
-        count = len(clean.grids)
-        drawn = shift_timesteps(TIMESTEP_DISTRIBUTIONS[self.timesteps](count, generator), self.timestep_shift).to(clean.values.device)
-        low, high = clean.timestep_range.to(torch.float64).unbind(1)
-        t = (low + (high - low) * drawn.to(torch.float64)).index_select(0, clean.segment)
+        drawn = draw_timesteps(self.timesteps, len(clean.grids), generator, shift=self.timestep_shift).to(clean.values.device)
+        low, high = clean.timestep_range.unbind(1)
+        t = (low + (high - low) * drawn).index_select(0, clean.segment)
         t = torch.where(clean.target, t, torch.zeros_like(t))
-        alpha, sigma = (part.to(clean.values.dtype).unsqueeze(1) for part in NOISE_SCHEDULES[self.schedule](t))
+        level = NOISE_SCHEDULES[self.schedule].level(t.unsqueeze(1))
         noise = torch.randn(clean.values.shape, generator=generator).to(clean.values)
-        noisy = torch.where(clean.target.unsqueeze(1), alpha * clean.values + sigma * noise, clean.values)
-        goal = prediction_target(self.predict, self.schedule, clean.values, noise, alpha, sigma)
-        return replace(clean, values=noisy, goal=goal, read=clean.rows, supervised=clean.target, timestep=t.to(clean.values.dtype))
+        noisy = torch.where(clean.target.unsqueeze(1), level.alpha * clean.values + level.sigma * noise, clean.values)
+        goal = target(self.predict, clean.values, noise, level)
+        return replace(clean, values=noisy, goal=goal, read=clean.rows, supervised=clean.target, timestep=t)
 
     def loss(self, prediction: Tensor, goal: Tensor) -> Tensor:
         """Squared error, mean over channels: (n, c) → (n,)."""

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from stages.parts.config import PartConfig
 from stages.parts.objectives.next_token import cross_entropy
-from stages.parts.schedules import MASK_SCHEDULES
+from stages.parts.schedules import num_hidden
 from stages.sequence.segment import PortRows
 
 
@@ -17,14 +17,14 @@ class MaskedTokenConfig(PartConfig):
     only they are judged (Show-o, section 3.2). `codebook_size` ids come from the port; the mask token is the id after them."""
 
     kind: Literal["masked-token"] = "masked-token"
-    mask_ratio: Literal["cosine", "linear"] = "cosine"
+    mask_ratio: Literal["cosine", "linear", "square"] = "cosine"
     softmax: Literal["port", "vocabulary"] = "port"
 
     def corrupt(self, clean: PortRows, generator: Generator, mask_id: int) -> PortRows:
-        sizes = clean.segment_sizes()
-        u = torch.rand(len(sizes), generator=generator)
-        ratio = MASK_SCHEDULES[self.mask_ratio](u).to(sizes.device)
-        quota = (ratio * sizes).round().clamp_min(1).long()
+        progress = torch.rand(len(clean.grids), generator=generator).tolist()
+        sizes = clean.segment_sizes().tolist()
+        counts = [num_hidden(self.mask_ratio, u, size) for u, size in zip(progress, sizes, strict=True)]
+        quota = torch.tensor(counts, device=clean.rows.device)
         hidden = clean.target & (_rank_within(clean.segment, generator) < quota.index_select(0, clean.segment))
         values = torch.where(hidden, torch.full_like(clean.values, mask_id), clean.values)
         return replace(clean, values=values, goal=clean.values, read=clean.rows, supervised=hidden)

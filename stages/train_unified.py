@@ -1,0 +1,199 @@
+"""train-unified: one network learns all tasks of a recipe. The story of a training run, top to bottom.
+
+Shards give samples; a task of the recipe turns a sample into a sequence of typed segments; sequences are packed into a batch, a
+table with one row per token; each port's objective hides or noises what is to be predicted; the network runs once; each port
+judges its own rows. `fit` repeats that. Phases follow each other in file order, and a second run with the same --out continues
+inside the right one. `align` tells the same story with the phases that belong to it.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from stages.data.shards import Shards, open_shards
+from stages.errors import UsageError
+from stages.hub import resolve
+from stages.model import Model, PortLoss, build_model, count_parameters, covers, set_trainable
+from stages.options import RunOptions
+from stages.recipe import Phase, Recipe, Stage
+from stages.run import Run
+from stages.sequence.plan import Planner
+from stages.sequence.segment import Batch
+from stages.training.checkpoint import fingerprint, init_part, open_checkpoint, save_checkpoint
+from stages.training.ema import EMA
+from stages.training.features import precompute_features
+from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
+from stages.training.stream import Stream, unused_tasks
+from stages.training.validation import Validation
+from stages.travelling import Travelling, find_tokenizers, load_travelling
+
+
+def train_unified(
+    recipe: Recipe,
+    shards: str,
+    out: Path,
+    options: RunOptions,
+    init: Mapping[str, str] | None = None,
+    tokenizers: Sequence[Path] = (),
+    val: str | None = None,
+) -> Path:
+    """Train one network on every task of the recipe. Returns the checkpoint folder."""
+    return train_phases("train-unified", recipe, shards, out, options, init or {}, tokenizers, val)
+
+
+def train_phases(
+    stage: Stage,
+    recipe: Recipe,
+    shards: str,
+    out: Path,
+    options: RunOptions,
+    init: Mapping[str, str],
+    tokenizers: Sequence[Path],
+    val: str | None,
+) -> Path:
+    """Run all phases of one stage. init: address → checkpoint folder (or hf://…) that the part starts from."""
+    started = time.monotonic()
+    deterministic()
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    phases = recipe.phases_for(stage)
+    data = open_shards(
+        shards,
+        split="train",
+        on_bad_sample=options.on_bad_sample,
+        max_bad_fraction=options.max_bad_fraction,
+        spool=out / ".mmgen" / "input",
+    )
+    starts = {address: str(resolve(folder)) for address, folder in {**recipe.init_from, **init}.items()}
+    came_along = [path for folder in starts.values() for path in open_checkpoint(Path(folder.split("#")[0])).tokenizers.values()]
+    recipe, travelling = load_travelling(recipe, find_tokenizers(recipe, tokenizers, came_along, data.tokenizers))
+    check_fingerprints(recipe, travelling, data)
+
+    inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
+    identity = {f"init {address}": fingerprint(Path(folder.split("#")[0])) for address, folder in starts.items()}
+    with Run(
+        out, stage=stage, options=options, kind="checkpoint", identity=identity, resolved_recipe=recipe.to_toml(), inputs=inputs
+    ) as run:
+        if run.complete:
+            return out
+        model = build_model(recipe, options.seed)
+        for address, folder in starts.items():
+            filled = init_part(model, address, Path(folder))
+            run.say(f"{', '.join(filled)} from {folder}")
+        copy_experts(model, starts)
+        model.to(device)
+        planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
+        validation_data = open_validation(shards, val)
+        ledger, state = resume_ledger(run, options, dtype)
+        all_steps = sum(phase.steps for phase in phases)
+        run.say(
+            f"{recipe.name} ({recipe.size}): {count_parameters(model):,} parameters, {len(data):,} samples, {all_steps:,} steps, {device}, {str(dtype).removeprefix('torch.')}"
+        )
+        averages: dict[str, Tensor] = {}
+        stopped = False
+        for number, phase in enumerate(phases):
+            if number < ledger.phase:
+                continue
+            if number > ledger.phase:
+                ledger.phase, ledger.step, ledger.position = number, 0, 0
+            learning = set_trainable(model, phase.trainable, phase.frozen)
+            precompute_features(model, planner, [data, validation_data], phase)
+            stream = Stream(data, planner, phase, seed=options.seed, limit=options.limit)
+            for task in unused_tasks(planner, phase.tasks, data):
+                run.say(f"note: phase '{phase.name}' leaves out the task '{task}': these shards lack its fields")
+            validation = Validation(validation_data, planner, phase, options.seed) if validation_data is not None else None
+            average: list[EMA] = []
+            step = training_step(model, phase, device, dtype)
+            trainee = Trainee[Batch](model, {"main": learning})
+            for progress in fit(
+                step,
+                trainee,
+                stream,
+                phase,
+                run,
+                options,
+                ledger,
+                resume_from=state,
+                started=started,
+                dtype=dtype,
+                ema_sink=average.append,
+                all_steps=all_steps,
+            ):
+                if progress.due and validation is not None:
+                    run.log(step=ledger.total_step, phase=phase.name, **validation.losses(model, device))
+                stopped = progress.last and progress.step < progress.steps
+            state = None
+            averages = dict(average[0].weights()) if average else {}
+            if stream.too_long:
+                run.say(f"{stream.too_long} samples were longer than a batch and were left out")
+            if stopped:
+                break
+        weights = {**model.state_dict(), **averages}
+        facts = {
+            "steps": ledger.total_step,
+            "samples": ledger.samples,
+            "tokens": ledger.tokens,
+            "seed": options.seed,
+            "ema": bool(averages),
+        }
+        save_checkpoint(out, recipe, weights, tokenizers=travelling.folders, facts=facts)
+        run.finish("stopped" if stopped else "done", f"{ledger.total_step} of {all_steps} steps, {ledger.samples:,} samples")
+    return out
+
+
+def training_step(model: Model, phase: Phase, device: torch.device, dtype: torch.dtype) -> Any:
+    """The closure `fit` calls: corrupt, embed, run, judge; one weighted sum of the ports' losses."""
+    model.train()
+    set_trainable(model, phase.trainable, phase.frozen)  # puts frozen towers back into evaluation mode
+
+    def step(batch: Batch, generator: Generator) -> StepResult:
+        with autocast(device, dtype):
+            losses = model.losses(batch.to(device), generator)
+        total = combine(model.recipe, losses, phase.reduce)
+        log: dict[str, Any] = {f"loss/{name}": loss.mean for name, loss in losses.items() if loss.count}
+        log["padding"] = batch.padding
+        return StepResult({"main": total}, log, samples=len(batch.keys), tokens=batch.num_tokens, keys=batch.keys)
+
+    return step
+
+
+def combine(recipe: Recipe, losses: Mapping[str, PortLoss], reduce: str) -> Tensor:
+    """The loss that is differentiated. own-tokens: each port by its own count (BAGEL); all-tokens: one count for all (Chameleon)."""
+    weights = {name: recipe.ports[name].loss_weight if name in recipe.ports else 1.0 for name in losses}
+    if reduce == "all-tokens":
+        count = max(1, sum(loss.count for loss in losses.values()))
+        return torch.stack([weights[name] * loss.total for name, loss in losses.items()]).sum() / count
+    return torch.stack([weights[name] * loss.mean for name, loss in losses.items()]).sum()
+
+
+def copy_experts(model: Model, starts: Mapping[str, str]) -> None:
+    """expert_init = "copy" once more after --init: the copies are of the weights that were loaded, not of fresh ones."""
+    for name, network in model.recipe.backbones.items():
+        if network.expert_init == "copy" and any(covers(address, f"backbones.{name}.experts.{network.experts[0]}") for address in starts):
+            model.backbones[name].copy_expert(network.experts[0])  # type: ignore[operator]
+
+
+def check_fingerprints(recipe: Recipe, travelling: Travelling, data: Shards) -> None:
+    """Codes of one codebook never train a model of another: every field says who wrote it."""
+    for name, config in recipe.autoencoders.items():
+        expected = fingerprint(travelling.folders[f"autoencoders.{name}"])
+        for field, entry in data.fields.items():
+            wrote = entry.get("tokenizer")
+            if field.endswith(f".{config.store}") and wrote and wrote != expected:
+                raise UsageError(
+                    f"the field '{field}' was written by the tokenizer {wrote[:8]}, but autoencoders.{name} is {expected[:8]}",
+                    hint="tokenize the shards again, or pass the --tokenizer that wrote them",
+                )
+
+
+def open_validation(shards: str, val: str | None) -> Shards | None:
+    """--val, or the `val` split that stands beside `train`; none when there is neither."""
+    if val is not None:
+        return open_shards(val, split="val")
+    if shards == "-" or not (Path(shards) / "val").is_dir():
+        return None
+    return open_shards(shards, split="val")

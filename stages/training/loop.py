@@ -1,0 +1,295 @@
+"""fit: the one training loop. Autoencoders, contrastive towers, connectors and unified networks all go through it.
+
+It owns the optimizers, learning rate, clipping, moving average, the non-finite guard, logging, saving and resuming. It is a
+generator of `Progress`: what a callback framework would hook is the body of the caller's `for`.
+
+    for progress in fit(step, trainee, batches, phase, run, options, ...):
+        if progress.due: validate and log
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from stages.errors import GuardError, UsageError
+from stages.options import RunOptions
+from stages.recipe import Phase
+from stages.run import Run
+from stages.training.ema import EMA
+from stages.training.optim import build_optimizer, learning_rate
+from stages.training.state import load_state, newest_state, save_state
+from stages.training.stream import stream_seed
+
+Item = TypeVar("Item")
+ItemIn = TypeVar("ItemIn", covariant=True)
+
+SAVE_EVERY_SECONDS = 300.0
+LOG_EVERY_SECONDS = 2.0
+VALIDATIONS = 8  # a run looks at its validation data this often, evenly spaced
+BAD_STEPS_IN_A_ROW = 3
+
+
+class Batches(Protocol[ItemIn]):
+    """A source of batches that can be told where to continue."""
+
+    position: int
+
+    def next_batch(self) -> ItemIn: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found: a loss for each named optimizer, numbers for the log, and how much it saw."""
+
+    losses: dict[str, Tensor]
+    log: dict[str, float | int | Tensor] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step. `due`: time to validate. `last`: the phase's last step, or the last of this launch."""
+
+    step: int
+    steps: int
+    due: bool
+    last: bool
+
+
+@dataclass
+class Trainee(Generic[Item]):
+    """What learns: all modules whose weights belong to the state, and for each optimizer the parameters it moves."""
+
+    modules: nn.Module
+    learning: dict[str, list[tuple[str, nn.Parameter]]]
+
+
+@dataclass
+class Ledger:
+    """Counts over all phases of a stage, kept in the training state."""
+
+    phase: int = 0
+    step: int = 0  # in the phase
+    total_step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    position: int = 0
+    seconds: float = 0.0
+
+
+def deterministic() -> None:
+    """The same bits on every run of one machine; without filling fresh tensors, which would cost more than the rest."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}", hint="--device cpu always works") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 where the hardware multiplies it (CUDA, AMX), else fp32; on CPUs without AMX bf16 is slower than fp32."""
+    dtypes = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    if name != "auto":
+        if name not in dtypes:
+            raise UsageError(f"--dtype {name}: expected auto, fp32 or bf16")
+        return dtypes[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    flags = Path("/proc/cpuinfo")
+    amx = flags.exists() and "amx_bf16" in flags.read_text(encoding="utf-8", errors="replace")
+    return torch.bfloat16 if amx else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Ledger, Path | None]:
+    """Where the newest training state stands, or a fresh ledger. Thread count and dtype change the bits, so they must agree."""
+    folder = newest_state(run.out)
+    if not run.resuming or folder is None:
+        return Ledger(), None
+    facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name, now in (("threads", torch.get_num_threads()), ("dtype", str(dtype))):
+        if facts[name] != now:
+            run.say(
+                f"warning: this run was made with {name} = {facts[name]}, it continues with {now}; the result will differ in the last bits"
+            )
+    ledger = Ledger(**{key: facts[key] for key in Ledger.__dataclass_fields__})
+    run.cut_metrics(ledger.total_step)
+    return ledger, folder
+
+
+def fit(
+    step: Callable[[Any, Generator], StepResult],
+    trainee: Trainee[Any],
+    batches: Batches[Any],
+    phase: Phase,
+    run: Run,
+    options: RunOptions,
+    ledger: Ledger,
+    *,
+    resume_from: Path | None = None,
+    started: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    ema_sink: Callable[[EMA], None] | None = None,
+    all_steps: int | None = None,
+) -> Iterator[Progress]:
+    """Train one phase to its last step, or to where --max-steps, --max-minutes or a signal stops it.
+
+    step: batch, generator of this step → StepResult; all its randomness comes from that generator, which depends on (seed,
+    phase, step) alone. `ledger` carries the counts and is updated in place. Raises GuardError after three steps in a row whose
+    loss or gradient is not finite (no optimizer ever moves on such a step), and what `run.raise_stop` raises on a signal.
+    """
+    started = time.monotonic() if started is None else started
+    optimizers: dict[str, torch.optim.Optimizer] = {name: build_optimizer(phase, named) for name, named in trainee.learning.items()}
+    ema = EMA(trainee.learning["main"], phase.ema_decay) if phase.ema_decay is not None else None
+    if resume_from is not None:
+        load_state(resume_from, trainee.modules, optimizers, ema)
+    if ema is not None and ema_sink is not None:
+        ema_sink(ema)
+    batches.position = ledger.position
+    total = all_steps or phase.steps
+    offset = ledger.total_step - ledger.step
+    spacing = max(1, phase.steps // VALIDATIONS)
+    meter = _Meter(run)
+    last_save = time.monotonic()
+    seconds_before, bad_in_a_row = ledger.seconds, 0
+
+    def save() -> None:
+        facts = {**vars(ledger), "threads": torch.get_num_threads(), "dtype": str(dtype), "phase_name": phase.name}
+        save_state(run.out, trainee.modules, optimizers, ema, facts)
+
+    while ledger.step < phase.steps:
+        generator = torch.Generator().manual_seed(stream_seed(options.seed, phase.name, "noise", ledger.step))
+        batch = batches.next_batch()
+        rate = learning_rate(phase, ledger.step)
+        result = step(batch, generator)
+        norm = _update(result, optimizers, trainee, rate, phase.grad_clip)
+        if norm is None:
+            bad_in_a_row += 1
+            _record_bad(run, ledger.total_step + 1, result)
+            if bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+                raise GuardError(
+                    f"step {ledger.total_step + 1}: the loss or its gradient is not finite, {bad_in_a_row} steps in a row; no weight was moved by them",
+                    hint=f"the samples are listed in {run.meta / 'bad_batches.jsonl'}; a lower lr often helps",
+                )
+        else:
+            bad_in_a_row = 0
+            if ema is not None:
+                ema.update(trainee.learning["main"])
+        ledger.step, ledger.total_step = ledger.step + 1, ledger.total_step + 1
+        ledger.samples, ledger.tokens = ledger.samples + result.samples, ledger.tokens + result.tokens
+        ledger.position, ledger.seconds = batches.position, seconds_before + time.monotonic() - started
+        meter.add(result, norm)
+        out_of_time = options.max_minutes is not None and time.monotonic() - started >= 60 * options.max_minutes
+        out_of_steps = options.max_steps is not None and ledger.total_step >= options.max_steps
+        last = ledger.step == phase.steps or out_of_time or out_of_steps or run.stopping
+        if meter.due or last:
+            meter.write(ledger, phase, rate, total)
+        due = ledger.step % spacing == 0 or ledger.step == phase.steps
+        if not last and time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+            save()
+            last_save = time.monotonic()
+        if last:
+            save()
+        if run.stopping:
+            run.raise_stop()
+        yield Progress(ledger.step, phase.steps, due, last)
+        if out_of_time or out_of_steps:
+            return
+    assert offset >= 0
+
+
+def _update(
+    result: StepResult, optimizers: Mapping[str, torch.optim.Optimizer], trainee: Trainee[Any], rate: float, clip: float
+) -> float | None:
+    """Backward, clip, step, for each optimizer; the gradient norm of `main`, or None (and nothing moved) if anything was not finite."""
+    norms: dict[str, Tensor] = {}
+    for name, optimizer in optimizers.items():
+        optimizer.zero_grad(set_to_none=True)
+    for name, loss in result.losses.items():
+        parameters = [parameter for _, parameter in trainee.learning[name]]
+        if not bool(torch.isfinite(loss)):
+            return None
+        torch.autograd.backward(loss, inputs=parameters)  # one loss never leaves gradients in another's parameters
+        norms[name] = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        if not bool(torch.isfinite(norms[name])):
+            return None
+    for name in result.losses:
+        for group in optimizers[name].param_groups:
+            group["lr"] = group["base_lr"] * rate
+        optimizers[name].step()
+    return float(norms["main"])
+
+
+def _record_bad(run: Run, step: int, result: StepResult) -> None:
+    values = {name: float(loss.detach()) for name, loss in result.losses.items()}
+    with open(run.meta / "bad_batches.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "losses": {k: repr(v) for k, v in values.items()}, "keys": list(result.keys)}) + "\n")
+    run.say(f"step {step}: a loss or gradient is not finite ({values}); this step moved nothing")
+
+
+class _Meter:
+    """Means over the steps since the last line of metrics.jsonl."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.tokens = self.samples = 0
+        self.start = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.start >= LOG_EVERY_SECONDS
+
+    def add(self, result: StepResult, norm: float | None) -> None:
+        numbers = {**{f"loss/{k}" if k != "main" else "loss": v for k, v in result.losses.items()}, **result.log}
+        if norm is not None:
+            numbers["grad_norm"] = norm
+        for name, value in numbers.items():
+            number = float(value.detach()) if isinstance(value, Tensor) else float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + number
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.tokens, self.samples = self.tokens + result.tokens, self.samples + result.samples
+
+    def write(self, ledger: Ledger, phase: Phase, rate: float, total: int) -> None:
+        seconds = max(1e-9, time.monotonic() - self.start)
+        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
+        lr = phase.lr if isinstance(phase.lr, float) else phase.lr["default"]
+        speed = {"tokens_per_second": round(self.tokens / seconds)} if self.tokens else {}
+        self.run.log(
+            step=ledger.total_step,
+            phase=phase.name,
+            samples=ledger.samples,
+            tokens=ledger.tokens,
+            lr=lr * rate,
+            seconds=round(ledger.seconds, 2),
+            samples_per_second=round(self.samples / seconds, 1),
+            **speed,
+            **means,
+        )
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in means.items() if name.startswith("loss"))
+        self.run.status(step=ledger.total_step, of=total, message=f"{shown}, {self.samples / seconds:.0f} samples/s")
+        self._reset()
