@@ -42,8 +42,8 @@ from stages.progress import Progress
 
 State = Literal["running", "done", "stopped", "preempted", "failed"]
 
-RUN_FILES = r"(run|status)\.json|(metrics|bad_samples)\.jsonl"
-CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer)\.json|recipe\.toml|state|tokenizers"
+RUN_FILES = r"(run|status)\.json|(metrics|bad_samples|bad_batches)\.jsonl"
+CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer|tokenizer_config)\.json|recipe\.toml|state|tokenizers"
 RESULT_FILES = r"results\.json"
 SHARD_FILES = r".+-\d{6,}\.tar"
 UNFINISHED_FILES = r"\..+\.\d+\.tmp"  # what a kill leaves of a file being written, see stages/files.py
@@ -144,6 +144,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def raise_stop(self) -> NoReturn:
         """Ends the run as it was asked to: Preempted (exit 75) after SIGTERM, KeyboardInterrupt (exit 130) after Ctrl-C."""
         if self.stop_signal == signal.SIGINT:
+            self.say(f"{self.stage}: the state is saved, the same command continues")
             raise KeyboardInterrupt
         raise Preempted(f"{self.stage}: stopped by SIGTERM, the state is saved", hint="run the same command again to continue")
 

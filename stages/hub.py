@@ -1,0 +1,97 @@
+"""Checkpoints on the Hugging Face Hub: `hf://org/name` in, `hf://org/name` out.
+
+A checkpoint folder is a model repository as it stands. What travels is weights, configuration, recipe, tokenizers, model card and
+the record of the run; training state stays at home, in both directions (nothing but training needs it, and its metadata is a pickle).
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.errors import MmgenError, UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+SCHEME = "hf://"
+NEVER = ["state/*", ".mmgen/*", ".*.tmp", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.bin", "*.ckpt"]  # training state, and what may hold code
+
+
+@dataclass(frozen=True)
+class Address:
+    """A model repository, a revision of it (None: the newest), and a folder inside it ("": the whole)."""
+
+    repository: str
+    revision: str | None = None
+    folder: str = ""
+
+
+def parse_address(spec: str) -> Address:
+    """`hf://org/name[@revision][/folder]` → its parts. Raises UsageError."""
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?", spec)
+    folder = (match[3] or "") if match else ""
+    if match is None or ".." in folder.split("/"):
+        raise UsageError(f"{spec}: expected hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME/FOLDER")
+    if match[1].split("/")[0] in ("datasets", "spaces"):
+        raise UsageError(f"{spec}: expected a model, found a repository of {match[1].split('/')[0]}", hint="data goes where SHARDS go")
+    return Address(match[1], match[2], folder)
+
+
+def resolve(spec: str | Path, *, api: "HfApi | None" = None) -> Path:
+    """The local folder of a checkpoint: itself, or for `hf://...` the downloaded copy (kept in the Hub's own cache).
+
+    Raises UsageError when the address is malformed or there is no such repository or folder, MmgenError when the Hub is out of reach.
+    """
+    if not str(spec).startswith(SCHEME):
+        return Path(spec)
+    address = parse_address(str(spec))
+    with _hub_errors(str(spec)):
+        patterns = [f"{address.folder}/*"] if address.folder else None
+        local = (api or _api()).snapshot_download(
+            address.repository, revision=address.revision, allow_patterns=patterns, ignore_patterns=NEVER
+        )
+    folder = Path(local) / address.folder
+    if not folder.is_dir():
+        raise UsageError(f"{spec}: the repository {address.repository} has no folder '{address.folder}'")
+    return folder
+
+
+def push(folder: Path, spec: str, *, api: "HfApi | None" = None) -> str:
+    """Uploads a checkpoint folder, without its training state, to a repository that is made when absent. Returns its web address."""
+    address = parse_address(spec)
+    api = api or _api()
+    with _hub_errors(spec):
+        api.create_repo(address.repository, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repository,
+            folder_path=folder,
+            path_in_repo=address.folder or None,
+            revision=address.revision,
+            ignore_patterns=NEVER,
+            commit_message=f"mmgen checkpoint {folder.name}",
+        )
+    return f"https://huggingface.co/{address.repository}"
+
+
+def _api() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+@contextmanager
+def _hub_errors(spec: str) -> Iterator[None]:
+    """Explains what the Hub's client raises, in a sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        hint = "check the spelling; a private repository needs `hf auth login`"
+        raise UsageError(f"{spec}: the Hub has no such repository or revision, or you may not see it", hint=hint) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MmgenError(f"{spec}: the Hub did not answer as expected: {reason}", hint="try again, or give a local folder") from None
