@@ -1,0 +1,422 @@
+"""Run folders: identity, resume, status, signals, and what --overwrite may delete."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from stages.errors import DataError, GuardError, Preempted, UsageError
+from stages.options import RunOptions
+from stages.run import Run, run_identity
+
+RECIPE = '[backbone]\nwidth = 12\ndepth = 2\n\n[[phases]]\nname = "joint"\nsteps = 7\n'
+
+
+def open_run(out: Path | str, kind: Literal["shards", "checkpoint"] = "checkpoint", recipe: str = RECIPE, **settings: Any) -> Run:
+    inputs = settings.pop("inputs", [{"path": "data", "fingerprint": "abc", "provenance": {"stage": "import"}}])
+    identity = settings.pop("identity", {})
+    options = RunOptions(command=("mmgen", "align", "data"), quiet=True, **settings)
+    return Run(out, stage="align", options=options, kind=kind, resolved_recipe=recipe, inputs=inputs, identity=identity)
+
+
+def status_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "status.json").read_text())
+
+
+def make(path: Path, text: str = "x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# what a run leaves
+
+
+def test_run_json_says_how_the_result_was_made(tmp_path: Path) -> None:
+    with open_run(tmp_path / "out", seed=5):
+        pass
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["command"] == ["mmgen", "align", "data"]
+    assert (record["stage"], record["seed"], record["recipe"]) == ("align", 5, RECIPE)
+    assert record["inputs"] == [{"path": "data", "fingerprint": "abc", "provenance": {"stage": "import"}}]
+    assert record["versions"]["python"] == sys.version.split()[0]
+    assert {"torch", "numpy"} <= set(record["versions"])
+    assert record["machine"]["cpus"] == os.cpu_count()
+    assert record["started"] <= record["finished"]
+
+
+def test_run_json_holds_no_path_the_user_did_not_type(tmp_path: Path) -> None:
+    with open_run(tmp_path / "out"):
+        pass
+    text = (tmp_path / "out" / "run.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(Path(__file__).parent) not in text
+
+
+def test_git_commit_is_that_of_the_checkout_the_code_runs_from(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    with open_run(tmp_path / "out"):
+        pass
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git_commit"].removesuffix("-dirty") == head
+
+
+def test_shard_runs_keep_their_files_out_of_the_open(tmp_path: Path) -> None:
+    with open_run(tmp_path / "out", kind="shards") as run:
+        run.log(step=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".mmgen"]
+    assert {path.name for path in (tmp_path / "out" / ".mmgen").iterdir()} == {"run.json", "status.json", "metrics.jsonl"}
+
+
+def test_status_while_running_and_when_done(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        assert status_of(tmp_path) == {"state": "running", "exit_code": None, "stage": "align", "step": 0, "of": None, "message": ""}
+        run.status(step=3, of=7, message="loss 2.1")
+    done = {"state": "done", "exit_code": 0, "stage": "align", "step": 3, "of": 7, "message": ""}
+    assert status_of(tmp_path) == done
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "exit_code"),
+    [
+        (Preempted("later"), "preempted", 75),
+        (KeyboardInterrupt(), "stopped", 130),
+        (DataError("bad tar"), "failed", 3),
+        (GuardError("loss is nan"), "failed", 4),
+        (ZeroDivisionError("oops"), "failed", 1),
+    ],
+)
+def test_an_exception_is_written_down_and_propagates(tmp_path: Path, error: BaseException, state: str, exit_code: int) -> None:
+    with pytest.raises(type(error)), open_run(tmp_path):
+        raise error
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["exit_code"]) == (state, exit_code)
+
+
+def test_metrics_are_one_object_a_line_and_never_invalid_json(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.log(step=1, loss=2.5)
+        run.log(step=2, loss=float("nan"), rate=float("inf"))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None, "rate": None}]
+
+
+def test_cutting_metrics_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        for step in (1, 2, 3, 4):
+            run.log(step=step)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2, "lo')
+        run.cut_metrics(2)
+        run.log(step=3, again=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+# coming back
+
+
+def test_a_fresh_folder_neither_resumes_nor_is_complete(tmp_path: Path) -> None:
+    with open_run(tmp_path / "new" / "deep") as run:
+        assert (run.resuming, run.complete) == (False, False)
+
+
+@pytest.mark.parametrize("error", [Preempted("x"), KeyboardInterrupt(), ZeroDivisionError()])
+def test_an_unfinished_run_resumes(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), open_run(tmp_path):
+        raise error
+    with open_run(tmp_path) as run:
+        assert (run.resuming, run.complete) == (True, False)
+
+
+def test_a_run_stopped_early_exits_0_and_continues(tmp_path: Path) -> None:
+    with open_run(tmp_path, max_steps=3) as run:
+        run.status(step=3, of=7)
+        run.finish("stopped", "after --max-steps 3")
+    assert status_of(tmp_path) | {"message": ""} == {
+        "state": "stopped",
+        "exit_code": 0,
+        "stage": "align",
+        "step": 3,
+        "of": 7,
+        "message": "",
+    }
+    with open_run(tmp_path, max_steps=None, max_minutes=2.0) as run:  # where to stop is not identity
+        assert run.resuming
+
+
+def test_a_complete_run_says_so_and_is_left_alone(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.finish("done", "all of it")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with open_run(tmp_path) as run:
+        assert (run.resuming, run.complete) == (False, True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_every_launch_is_remembered(tmp_path: Path) -> None:
+    with pytest.raises(Preempted), open_run(tmp_path):
+        raise Preempted("x")
+    started = json.loads((tmp_path / "run.json").read_text())["started"]
+    with open_run(tmp_path):
+        pass
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [launch["state"] for launch in record["launches"]] == ["preempted", "done"]
+    assert record["started"] == started
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"seed": 1}, "seed: there 0, here 1"),
+        ({"limit": 9}, "limit: there None, here 9"),
+        ({"recipe": RECIPE.replace("width = 12", "width = 16")}, "recipe.backbone.width: there 12, here 16"),
+        ({"recipe": RECIPE.replace("steps = 7", "steps = 8")}, "recipe.phases.0.steps: there 7, here 8"),
+        ({"recipe": RECIPE.replace("depth = 2\n", "")}, "recipe.backbone.depth: there 2, here (absent)"),
+        ({"inputs": [{"path": "data", "fingerprint": "xyz"}]}, "input 1 (data): there abc, here xyz"),
+        ({"identity": {"level": 2}}, "level: there (absent), here 2"),
+    ],
+)
+def test_another_run_is_refused_naming_the_key_that_differs(tmp_path: Path, change: dict[str, Any], line: str) -> None:
+    with open_run(tmp_path, seed=0) as run:
+        run.log(step=1)
+    with pytest.raises(UsageError) as caught, open_run(tmp_path, **{"seed": 0, **change}):
+        pass
+    assert caught.value.message.splitlines()[1:] == ["  " + line]
+    assert "--overwrite" in caught.value.hint
+
+
+def test_where_the_same_data_lies_is_not_identity(tmp_path: Path) -> None:
+    options = RunOptions()
+    one = run_identity("align", options, "", [{"path": "here", "fingerprint": "abc"}], {})
+    assert one == run_identity("align", options, "", [{"path": "there", "fingerprint": "abc"}], {})
+
+
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    make(tmp_path / "thesis.tex")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"holds thesis\.tex"), open_run(tmp_path, overwrite=overwrite):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_as_out_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a file"), open_run(make(tmp_path / "out")):
+        pass
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        with pytest.raises(UsageError, match="another mmgen process"), open_run(tmp_path):
+            pass
+        run.log(step=1)
+    with open_run(tmp_path) as run:  # and the lock is gone with the run
+        assert run.complete
+
+
+def test_a_forked_worker_does_not_keep_the_folder_locked(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.__enter__()
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        run.__exit__(None, None, None)
+        with open_run(tmp_path) as again:
+            assert again.complete
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+# --overwrite
+
+
+def test_overwrite_deletes_a_checkpoint_and_keeps_what_mmgen_did_not_write(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.log(step=1)
+        for name in (
+            "model.safetensors",
+            "config.json",
+            "recipe.toml",
+            "README.md",
+            "state/step-00000007/state.json",
+            "tokenizers/t-1/config.json",
+        ):
+            make(tmp_path / name)
+    for name in ("notes.txt", "plots/loss.svg"):
+        make(tmp_path / name)
+    with open_run(tmp_path, seed=1, overwrite=True) as run:
+        assert (run.resuming, run.complete) == (False, False)
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {"notes.txt", "plots/loss.svg", "run.json", "status.json"}
+
+
+def test_overwrite_deletes_the_tars_of_every_split_and_nothing_else(tmp_path: Path) -> None:
+    with open_run(tmp_path, kind="shards"):
+        for split in ("train", "val"):
+            make(tmp_path / split / "data-000000.tar")
+            make(tmp_path / split / ".mmgen" / "shardindex.json", json.dumps({"shardlist": [{"url": "../data-000000.tar"}]}))
+        make(tmp_path / "README.md")
+    make(tmp_path / "val" / "notes.txt")
+    with open_run(tmp_path, kind="shards", seed=1, overwrite=True):
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {"val/notes.txt", ".mmgen/run.json", ".mmgen/status.json"}
+        assert not (tmp_path / "train").exists()
+
+
+def test_overwrite_keeps_a_readme_that_was_edited(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        make(tmp_path / "README.md")
+    make(tmp_path / "README.md", "my own words")
+    with open_run(tmp_path, overwrite=True):
+        assert (tmp_path / "README.md").read_text() == "my own words"
+
+
+def test_overwrite_refuses_when_a_strange_tar_would_join_the_data(tmp_path: Path) -> None:
+    with open_run(tmp_path, kind="shards"):
+        make(tmp_path / "data-000000.tar")
+        make(tmp_path / ".mmgen" / "shardindex.json", json.dumps({"shardlist": [{"url": "../data-000000.tar"}]}))
+    make(tmp_path / "mine.tar")
+    with pytest.raises(UsageError, match=r"mine\.tar"), open_run(tmp_path, kind="shards", overwrite=True):
+        pass
+    assert (tmp_path / "data-000000.tar").exists()
+
+
+def test_overwrite_clears_the_tars_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):
+        raise Preempted("x")
+    make(tmp_path / "train" / "data-000000.tar")
+    with open_run(tmp_path, kind="shards", overwrite=True):
+        assert not (tmp_path / "train").exists()
+
+
+def test_overwrite_spares_what_was_just_read_from_stdin(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        make(tmp_path / "model.safetensors")
+    make(tmp_path / ".mmgen" / "input" / "data-000000.tar")
+    with open_run(tmp_path, overwrite=True, inputs=[{"path": "-", "fingerprint": "new"}]):
+        assert (tmp_path / ".mmgen" / "input" / "data-000000.tar").exists()
+        assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_file_half_written_when_the_run_was_killed_is_cleared_away(tmp_path: Path) -> None:
+    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):
+        raise Preempted("x")
+    make(tmp_path / "train" / ".data-000003.tar.4711.tmp")
+    with open_run(tmp_path, kind="shards") as run:
+        assert run.resuming
+        assert list((tmp_path / "train").iterdir()) == []
+
+
+# signals and streams
+
+LOOP = """
+import sys, time
+from stages.options import RunOptions
+from stages.run import Run
+
+with Run(sys.argv[1], stage="align", options=RunOptions(), kind="checkpoint") as run:
+    print("ready", flush=True)
+    for step in range(10_000):
+        time.sleep(0.005)
+        run.status(step=step)
+        if run.stopping and sys.argv[2] == "polite":
+            (run.out / "state.txt").write_text("saved")
+            run.raise_stop()
+"""
+
+
+def start_loop(out: Path, manners: str) -> subprocess.Popen[str]:
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(LOOP), str(out), manners],
+        cwd=root,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_sigterm_lets_the_loop_save_and_means_preempted(tmp_path: Path) -> None:
+    process = start_loop(tmp_path, "polite")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert "Preempted" in errors
+    assert (tmp_path / "state.txt").read_text() == "saved"
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["exit_code"]) == ("preempted", 75)
+
+
+def test_the_first_ctrl_c_lets_the_loop_save(tmp_path: Path) -> None:
+    process = start_loop(tmp_path, "polite")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert "Ctrl-C again aborts at once" in errors
+    assert (tmp_path / "state.txt").exists()
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["exit_code"]) == ("stopped", 130)
+
+
+def test_the_second_ctrl_c_aborts_at_once(tmp_path: Path) -> None:
+    process = start_loop(tmp_path, "deaf")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert not (tmp_path / "state.txt").exists()
+    assert status_of(tmp_path)["exit_code"] == 130
+
+
+def test_a_killed_run_says_running_and_resumes(tmp_path: Path) -> None:
+    process = start_loop(tmp_path, "polite")
+    process.kill()
+    process.communicate(timeout=20)
+    assert status_of(tmp_path)["state"] == "running"
+    with Run(tmp_path, stage="align", options=RunOptions(quiet=True), kind="checkpoint") as run:
+        assert run.resuming
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with open_run(tmp_path):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_streamed_run_leaves_nothing_behind() -> None:
+    with open_run("-", kind="shards") as run:
+        run.log(step=1)
+        folder = run.out
+        assert (run.meta / "metrics.jsonl").exists()
+    assert not folder.exists()
+    assert not Path("-").exists()
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with open_run(tmp_path) as run:
+        run.log(step=1)
+        run.status(step=1)
+        run.cut_metrics(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_goes_to_stderr_and_quiet_means_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        with Run(tmp_path / str(quiet), stage="align", options=RunOptions(quiet=quiet), kind="checkpoint") as run:
+            run.finish("done", "kept 9, skipped 1")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "align: done, kept 9, skipped 1\n"
