@@ -111,7 +111,7 @@ def shift_timestep(t: Tensor, shift: float) -> Tensor:
 
     On the linear path it moves log SNR by -2 ln k at every t. FLUX's mu is the same map with k = e^mu.
     """
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / ((1 - t) + shift * t)  # written so that 1 stays 1 in floating point
 
 
 def _uniform(count: int, generator: Generator) -> Tensor:
