@@ -42,7 +42,7 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_CHARACTERS = 1_000_000
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_JSON_DEPTH = 64
-MAX_KEY_BYTES = 1024
+MAX_KEY_CHARACTERS = 1024
 
 FIELD_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -66,21 +66,21 @@ class Encoded:
 
 
 def check_key(key: str) -> None:
-    """DataError unless `key` can be a sample's key: text without dots, also safe as a part of a file name."""
+    """DataError unless `key` can be a sample's key: a name without dots, or one behind folders (`cats/0001`), that is safe as a path."""
     if not isinstance(key, str) or not key:
         raise DataError(f"key {key!r}: expected a non-empty string")
-    if "." in key:
-        raise DataError(
-            f"key {key!r}: a key has no dots (webdataset ends the key at the first one)", hint=f"for example {key.replace('.', '-')!r}"
-        )
+    *folders, name = key.split("/")
+    if "." in name:
+        hint = f"for example '{key.replace('.', '-')}'"
+        raise DataError(f"key {key!r}: a key has no dots, webdataset ends it at the first one", hint=hint)
+    if not name or not all(folder.strip(".") for folder in folders):
+        raise DataError(f"key {key!r}: an empty part, or one made of dots, around a slash")
     if not key.isprintable() or "\\" in key:
         raise DataError(f"key {key!r}: unprintable characters, or a backslash")
-    if not all(key.split("/")):
-        raise DataError(f"key {key!r}: an empty part around a slash")
     if key.startswith("__") and key.endswith("__"):
-        raise DataError(f"key {key!r}: names between double underscores are skipped by webdataset")
-    if len(key.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
-        raise DataError(f"key {key[:40]!r}…: {len(key)} characters, at most {MAX_KEY_BYTES} bytes are allowed")
+        raise DataError(f"key {key!r}: webdataset skips names between double underscores")
+    if len(key) > MAX_KEY_CHARACTERS:
+        raise DataError(f"key '{key[:40]}…': {len(key)} characters, the cap is {MAX_KEY_CHARACTERS}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -219,21 +219,28 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 def decode_array(data: bytes) -> np.ndarray:
-    """The array of an NPY file. The header must describe exactly the bytes that follow it, so that a lie costs no memory."""
-    if data[:6] != b"\x93NUMPY" or len(data) < 10 or data[6] not in (1, 2, 3):
+    """The array of an NPY file, in memory of its own. Raises DataError where it is not one, or holds anything but numbers."""
+    dtype, fortran, shape, start = npy_header(data)
+    flat = np.frombuffer(data, dtype, offset=start) if start < len(data) else np.empty(0, dtype)
+    return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), order="C")
+
+
+def npy_header(data: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
+    """(dtype, Fortran order, shape, where the numbers start) of an NPY file.
+
+    The header must describe exactly the bytes that follow it, so that a lie costs no memory. Raises DataError.
+    """
+    if data[:6] != b"\x93NUMPY" or len(data) < 12 or data[6] not in (1, 2, 3):
         raise DataError(f"not an NPY array: starts with {bytes(data[:8])!r}")
-    if data[6] == 1:
-        start = 10 + int.from_bytes(data[8:10], "little")
-    else:
-        start = 12 + int.from_bytes(data[8:12], "little")
+    first = 10 if data[6] == 1 else 12
+    start = first + int.from_bytes(data[8:first], "little")
     if start > min(len(data), 10_000):
         raise DataError(f"NPY header of {start:,} bytes in a member of {len(data):,}")
-    dtype, fortran, shape = _parse_npy_header(bytes(data[10 if data[6] == 1 else 12 : start]))
+    dtype, fortran, shape = _parse_npy_header(bytes(data[first:start]))
     declared = dtype.itemsize * math.prod(shape)
     if declared != len(data) - start:
         raise DataError(f"array header promises {dtype} {shape} = {declared:,} bytes, the member holds {len(data) - start:,}")
-    flat = np.frombuffer(data, dtype, offset=start) if declared else np.empty(0, dtype)
-    return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), order="C")
+    return dtype, fortran, shape, start
 
 
 @functools.lru_cache(maxsize=4096)
@@ -317,23 +324,51 @@ def decode_image(data: bytes) -> np.ndarray:
     try:
         if form == "jpg" and _jpeg_frame(data)[2]:
             return _decode_plain_jpeg(data)
-        opener = {"png": PngImageFile, "jpg": JpegImageFile, "webp": WebPImageFile}[form]
-        with opener(io.BytesIO(data)) as picture:
-            return np.array(_as_shown(picture))
-    # decoders meet hostile bytes with whatever their parsers raise: struct.error, SyntaxError, zlib.error, RuntimeError ...
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        TypeError,
-        LookupError,
-        RuntimeError,
-        ArithmeticError,
-        EOFError,
-        struct.error,
-        zlib.error,
-    ) as error:
+        with _open_picture(form, data) as picture:
+            picture.load()
+            return np.array(_as_shown(picture, turned=_may_be_turned(form, data)))
+    except _DECODER_ERRORS as error:
         raise DataError(f"{form} picture of {width} x {height} pixels cannot be decoded: {error}") from None
+
+
+# decoders meet hostile bytes with whatever their parsers raise
+_DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+
+def image_shape(data: bytes) -> tuple[int, int, int]:
+    """The shape `decode_image` will return, (H, W, 3), without decoding. Raises DataError where the header cannot be read."""
+    form, width, height = image_size(data)
+    if _may_be_turned(form, data):
+        try:
+            with _open_picture(form, data) as picture:
+                if picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # a quarter turn, with or without a mirror
+                    width, height = height, width
+        except _DECODER_ERRORS as error:
+            raise DataError(f"{form} picture of {width} x {height} pixels cannot be opened: {error}") from None
+    return height, width, 3
+
+
+def _may_be_turned(form: str, data: bytes) -> bool:
+    """Whether there can be an EXIF orientation: most pictures have none, and looking it up costs as much as decoding a small one."""
+    return {"png": b"eXIf", "jpg": b"\xff\xe1", "webp": b"EXIF"}[form] in data
+
+
+def _open_picture(form: str, data: bytes) -> Image.Image:
+    # by class, because Image.open would offer the bytes to some forty formats that are no part of a shard
+    if form == "png":
+        return PngImageFile(io.BytesIO(data))
+    return JpegImageFile(io.BytesIO(data)) if form == "jpg" else WebPImageFile(io.BytesIO(data))
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray:
@@ -345,9 +380,8 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray:
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def _as_shown(picture: Image.Image) -> Image.Image:
-    picture.load()
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
+def _as_shown(picture: Image.Image, *, turned: bool) -> Image.Image:
+    if turned:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture

@@ -1,0 +1,744 @@
+"""Shards that cannot lie: tars of samples, written whole or not at all, and read back sample by sample.
+
+A folder of shards holds tars in the open and their index in `.mmgen/`. `ShardWriter` gives equal samples equal bytes; each tar appears
+under its name only when it is complete, and the index last. `open_shards` reads any webdataset tar. What webdataset's own grouping lets
+pass is refused here: members of one sample that are not side by side, samples that lack a field, tars that were cut. A sample is
+always the members of one key in one tar, so the picture of one can never meet the caption of another.
+
+Nothing is copied or scanned before it is needed: tars are memory-mapped, and the headers of each are walked once, on first use.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+from array import array
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from stages.data.index import INDEX, META, FieldInfo, FieldTable, ShardEntry, ShardIndex, merge_field, read_index
+from stages.data.locate import Place, locate, split_folders
+from stages.data.sample import Encoded, Sample, check_key, decode_value, encode_field, split_suffix
+from stages.data.stream import stream_shards
+from stages.data.tar_format import END_OF_ARCHIVE, Walk, member_bytes, walk
+from stages.errors import DataError, UsageError, nearest
+from stages.files import replace_folder, sync, sync_folder, write_atomic
+
+__all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards", "write_stream"]
+
+ON_BAD_SAMPLE = ("fail", "skip", "quarantine")
+UNFINISHED = "unfinished"  # in .mmgen: the tar being written and a record of each finished one, until the index replaces them
+_WRITE_BYTES = 4 * 1024 * 1024
+_OPEN_ARCHIVES = 128
+_TOKENIZER_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes samples to `out/name-000000.tar` and on, `samples_per_shard` each, and the index when the `with` block ends well.
+
+    field_tokenizers: fingerprint of the tokenizer that wrote a field (`{"image.codes": fingerprint}`); codebook_sizes: how many codes
+    there are in it, so that `verify` can check them. tokenizers: checkpoint folders to copy to `.mmgen/tokenizers/<key>`; the keys are
+    `<name>-<first 8 of the fingerprint>`, as in `Shards.tokenizers`. provenance: where the samples come from, kept in the index.
+
+    After an exception the whole tars stay. A new writer for the same folder starts afresh, or with `resume` goes on: the stage then
+    skips the `num_written` samples that are there already. `overwrite` removes a finished set, of what mmgen wrote only.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        name: str = "data",
+        samples_per_shard: int = 1000,
+        split: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        tokenizers: Mapping[str, Path] | None = None,
+        field_tokenizers: Mapping[str, str] | None = None,
+        codebook_sizes: Mapping[str, int] | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        if samples_per_shard < 1:
+            raise UsageError(f"samples_per_shard = {samples_per_shard}: expected at least 1")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UsageError(f"shard name '{name}': expected letters, digits, - and _")
+        for folder in tokenizers or {}:
+            if not _TOKENIZER_FOLDER.fullmatch(folder):
+                raise UsageError(f"tokenizer folder '{folder}': expected a plain name such as vq-0a1b2c3d")
+        self.out, self.name, self.split = Path(out), name, split
+        self.samples_per_shard = samples_per_shard
+        self.provenance = json.loads(json.dumps(dict(provenance or {})))  # fails now, not after hours, where it is no JSON
+        self.tokenizers = dict(tokenizers or {})
+        self.overwrite, self.resume = overwrite, resume
+        self.entries: list[ShardEntry] = []
+        self.num_written = 0
+        self._unfinished = self.out / META / UNFINISHED
+        self._table = FieldTable(field_tokenizers, codebook_sizes)
+        self._all_keys: set[str] = set()
+        self._keys: list[str] = []  # of the tar being written
+        self._suffixes: list[str] | None = None
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self._buffer: list[bytes] = []
+        self._buffered = 0
+
+    def __enter__(self) -> Self:
+        records = [json.loads(path.read_text("utf-8")) for path in sorted(self._unfinished.glob("*.json"))]
+        entries = [ShardEntry.model_validate(record["entry"]) for record in records]
+        self._make_room({entry.name for entry in entries})
+        for record, entry in zip(records, entries, strict=True):
+            if self.resume and entry.name == self._tar_name() and _is_whole(self.out / entry.name, entry):
+                self._take_over(record, entry)
+            else:
+                (self.out / entry.name).unlink(missing_ok=True)
+                self._record(entry.name).unlink()
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def _make_room(self, own: set[str]) -> None:
+        """Refuse a folder that holds other tars; with `overwrite`, remove the finished set of an earlier run."""
+        index = read_index(self.out)
+        finished = {entry.name for entry in index.shardlist} if index else set()
+        if index and not self.overwrite:
+            raise UsageError(f"{self.out}: holds a finished set of {len(finished)} tars", hint="--overwrite, or another --out")
+        foreign = sorted(path.name for path in self.out.glob("*.tar") if path.name not in own | finished)
+        if foreign:
+            raise UsageError(f"{self.out}: holds {foreign[0]}, which mmgen did not write", hint="choose another --out")
+        (self.out / META / INDEX).unlink(missing_ok=True)
+        for name in finished:
+            (self.out / name).unlink(missing_ok=True)
+
+    def _take_over(self, record: Mapping[str, Any], entry: ShardEntry) -> None:
+        self.entries.append(entry)
+        self.num_written += entry.nsamples
+        self._all_keys.update(record["keys"])
+        self._suffixes = record["suffixes"]
+        self._table.fields = {name: FieldInfo.model_validate(info) for name, info in record["fields"].items()}
+
+    def write(self, sample: Sample) -> None:
+        """Append a sample. Raises DataError for a dotted or repeated key, for other fields than the first sample has, and for a value
+        that cannot be stored or is not finite; nothing of that sample is written then."""
+        key = sample.key
+        check_key(key)
+        if key in self._all_keys:
+            raise DataError(f"key '{key}': written before; keys are unique over a set")
+        members = []
+        for name, value in sample.fields.items():
+            try:
+                suffix, data = encode_field(name, value)
+                if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise DataError(f"field '{name}': {np.count_nonzero(~np.isfinite(value)):,} of {value.size:,} numbers are not finite")
+                self._table.add(name, suffix.rpartition(".")[2], data)
+            except DataError as error:
+                raise DataError(f"key '{key}': {error.message}", hint=error.hint) from None
+            members.append((suffix, data))
+        members.sort()
+        self._check_fields(key, [suffix for suffix, _ in members])
+        for suffix, data in members:
+            member = member_bytes(f"{key}.{suffix}", data)
+            self._buffer.append(member)
+            self._buffered += len(member)
+        self._all_keys.add(key)
+        self._keys.append(key)
+        self.num_written += 1
+        if self._buffered > _WRITE_BYTES:
+            self._flush()
+        if len(self._keys) == self.samples_per_shard:
+            self._finish_tar()
+
+    def _check_fields(self, key: str, suffixes: list[str]) -> None:
+        if not suffixes:
+            raise DataError(f"key '{key}': a sample without fields")
+        if self._suffixes is None:
+            self._suffixes = suffixes
+        elif suffixes != self._suffixes:
+            raise DataError(f"key '{key}': has {', '.join(suffixes)}; the samples before it have {', '.join(self._suffixes)}")
+
+    def _tar_name(self) -> str:
+        return f"{self.name}-{len(self.entries):06d}.tar"
+
+    def _record(self, tar_name: str) -> Path:
+        return self._unfinished / f"{tar_name}.json"
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = (self._unfinished / f"{self._tar_name()}.part").open("wb")
+        data = b"".join(self._buffer)
+        self._buffer.clear()
+        self._buffered = 0
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def _finish_tar(self) -> None:
+        self._buffer.append(END_OF_ARCHIVE)
+        self._flush()
+        assert self._file is not None
+        sync(self._file)
+        self._file.close()
+        name = self._tar_name()
+        entry = ShardEntry(
+            url=f"../{name}",
+            nsamples=len(self._keys),
+            bytes=self._bytes,
+            sha256=self._digest.hexdigest(),
+            first_key=self._keys[0],
+            last_key=self._keys[-1],
+        )
+        # first the record, then the tar: whatever is in the open is on record as ours
+        fields = {field_name: info.to_dict() for field_name, info in self._table.fields.items()}
+        record = {"entry": entry.model_dump(), "fields": fields, "suffixes": self._suffixes, "keys": self._keys}
+        write_atomic(self._record(name), json.dumps(record))
+        (self._unfinished / f"{name}.part").replace(self.out / name)
+        sync_folder(self.out)
+        self.entries.append(entry)
+        self._file, self._keys, self._bytes, self._digest = None, [], 0, hashlib.sha256()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            if self._file is not None:
+                self._file.close()
+                (self._unfinished / f"{self._tar_name()}.part").unlink(missing_ok=True)
+            return
+        if self._keys:
+            self._finish_tar()
+        if not self.entries:
+            raise DataError(f"{self.out}: there was no sample to write")
+        for folder, source in sorted(self.tokenizers.items()):
+            copy = self._unfinished / folder
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("state", "metrics.jsonl", "status.json"))
+            (self.out / META / "tokenizers").mkdir(exist_ok=True)
+            replace_folder(copy, self.out / META / "tokenizers" / folder)
+        ShardIndex(
+            name=self.name,
+            split=self.split,
+            shardlist=self.entries,
+            fields=dict(sorted(self._table.fields.items())),
+            tokenizers=sorted(self.tokenizers),
+            provenance=self.provenance,
+        ).write(self.out)
+        shutil.rmtree(self._unfinished)
+
+
+def write_stream(samples: Iterable[Sample], file: BinaryIO, **description: Any) -> None:
+    """Write samples to `file` as one tar whose first member is their index; `description` as for ShardWriter."""
+    with TemporaryDirectory(prefix="mmgen-") as folder:
+        with ShardWriter(Path(folder), **description) as writer:
+            for sample in samples:
+                writer.write(sample)
+        stream_shards(Path(folder), file)
+
+
+def _is_whole(path: Path, entry: ShardEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was left out: the first member that is wrong with it, where that begins in the tar, and why."""
+
+    path: str
+    key: str
+    member: str
+    offset: int
+    reason: str
+    span: tuple[int, int]  # the bytes of the tar that belong to the sample
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": self.path, "key": self.key, "member": self.member, "offset": self.offset, "reason": self.reason}
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.member} at byte {self.offset:,}: {self.reason}"
+
+
+class BadSampleError(DataError):
+    """A sample cannot be read; `bad` says which and why."""
+
+    def __init__(self, bad: BadSample) -> None:
+        super().__init__(str(bad))
+        self.bad = bad
+
+
+@dataclass
+class SampleMembers:
+    """The members of one key that stand side by side in a tar."""
+
+    key: str
+    span: tuple[int, int]
+    fields: dict[str, tuple[str, int, int]]  # name: what follows the key, where the bytes start, how many
+    problem: tuple[str, int, str] | None = None  # member, offset, reason
+
+
+def group_members(walked: Walk) -> tuple[list[SampleMembers], Counter[str]]:
+    """The samples of a tar, good and bad, in order; and how many members have a suffix mmgen does not read.
+
+    Members belong together when they stand side by side and share all of their name up to the first dot after the last slash, as in
+    webdataset. Like there, members without a dot are no samples. The last sample of a damaged tar is bad: nothing shows it is complete.
+    """
+    groups: list[SampleMembers] = []
+    seen: set[str] = set()
+    unread: Counter[str] = Counter()
+    group: SampleMembers | None = None
+    rejected = [(name, offset, offset, 0, reason) for name, offset, reason in walked.rejected]
+    entries = [(*member, "") for member in walked.members]
+    for name, offset, start, size, reason in sorted([*entries, *rejected], key=lambda entry: entry[1]) if rejected else entries:
+        if name[:2] == "./":
+            name = name[2:]
+        begin = name.rfind("/") + 1
+        dot = name.find(".", begin)
+        if dot <= begin and not reason:
+            continue
+        key, suffix = name[:dot], name[dot + 1 :]
+        if group is None or group.key != key:
+            group = SampleMembers(key, (offset, offset), {})
+            groups.append(group)
+            if key in seen:
+                group.problem = (name, offset, "the key came before, with others between: members of a sample must stand side by side")
+            elif (invalid := _invalid_key(key)) is not None:
+                group.problem = (name, offset, invalid)
+            seen.add(key)
+        group.span = (group.span[0], start + (size + 511) // 512 * 512)
+        if reason:
+            group.problem = (name, offset, reason)
+            continue
+        found = split_suffix(suffix)
+        if found is None:
+            unread[suffix.rpartition(".")[2].lower()] += 1
+        elif found[0] in group.fields:
+            group.problem = (name, offset, f"a second member for field '{found[0]}' (or a second sample of this key)")
+        else:
+            group.fields[found[0]] = (suffix, start, size)
+    if walked.damage and groups:
+        last = groups[-1]
+        last.problem = last.problem or (last.key, last.span[0], f"last sample before the damage at byte {walked.damage[0]:,}")
+    return groups, unread
+
+
+def _invalid_key(key: str) -> str | None:
+    try:
+        check_key(key)
+    except DataError as error:
+        return error.message
+    return None
+
+
+@dataclass
+class _Column:
+    """Where one field of every sample of a tar is."""
+
+    suffixes: list[str] = field(default_factory=list)
+    starts: "array[int]" = field(default_factory=lambda: array("q"))
+    sizes: "array[int]" = field(default_factory=lambda: array("q"))
+
+
+@dataclass
+class _Table:
+    """The good samples of a tar."""
+
+    keys: list[str]
+    spans: list[tuple[int, int]]
+    columns: dict[str, _Column]
+
+
+@dataclass
+class _Tar:
+    path: Path
+    entry: ShardEntry
+    declared: bool  # the entry was read from an index, to be held against the tar, and not made from it
+    to_hash: bool = False  # the tar is younger than its index: is it still the tar that was indexed?
+    table: _Table | None = None
+
+
+@dataclass
+class _Source:
+    """One folder of shards."""
+
+    folder: Path
+    index: ShardIndex
+    tars: list[_Tar]
+
+
+def open_shards(
+    spec: str,
+    *,
+    split: str | None = None,
+    on_bad_sample: str = "skip",
+    max_bad_fraction: float = 0.01,
+    spool: Path | None = None,
+) -> "Shards":
+    """The samples of SHARDS (see `stages.data.locate`), for random access.
+
+    split: which subfolder of a parent of splits. on_bad_sample: `fail` at the first bad sample; `skip` them, up to `max_bad_fraction` of
+    all; `quarantine` skips and keeps their bytes (see `Shards.write_bad_samples`). spool: where standard input (`-`) is kept.
+    Raises UsageError for what does not exist, DataError for what is empty, cut, mixed up or not what its index says.
+    """
+    if on_bad_sample not in ON_BAD_SAMPLE:
+        raise UsageError(f"--on-bad-sample: there is no '{on_bad_sample}'", hint=nearest(on_bad_sample, ON_BAD_SAMPLE))
+    return Shards(spec, locate(spec, split=split, spool=spool), on_bad_sample, max_bad_fraction)
+
+
+class Shards:
+    """Samples of one or several folders of shards, in the order of their indexes.
+
+    fields: {name: {"suffix", "dtype", "shape", "tokenizer", ...}} of the fields every sample has. tokenizers: {folder name: path} of the
+    checkpoints that wrote some of them. bad: the samples left out so far. provenance, index: as in the folder's index. paths: the tars.
+    unread: how many members have a suffix that mmgen does not read, among the tars opened so far.
+    """
+
+    def __init__(self, spec: str, places: Sequence[Place], on_bad_sample: str = "skip", max_bad_fraction: float = 0.01) -> None:
+        self.spec = spec
+        self.on_bad_sample, self.max_bad_fraction = on_bad_sample, max_bad_fraction
+        self.bad: list[BadSample] = []
+        self.unread: Counter[str] = Counter()
+        self._bad_rows: set[int] = set()
+        self._archives: OrderedDict[Path, mmap.mmap | bytes] = OrderedDict()
+        self._positions: dict[str, int] | None = None
+        self._sources = [self._open_place(place) for place in places]
+        self._tars = [tar for source in self._sources for tar in source.tars]
+        self._ends = list(accumulate(tar.entry.nsamples for tar in self._tars))
+        self._check_bad_fraction()
+        if not len(self):
+            unread = ", ".join(f".{suffix} ({count})" for suffix, count in self.unread.most_common(5))
+            reason = f"; {self.bad[0]}" if self.bad else f"; its members are {unread}, which mmgen does not read" if unread else ""
+            raise DataError(f"{spec}: no samples{reason}")
+        self._fields = self._common_fields()
+
+    # what is in them
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The folder's index; of several folders, one made of theirs."""
+        if len(self._sources) == 1:
+            return self._sources[0].index.to_dict()
+        entries = [tar.entry.model_copy(update={"url": str(tar.path)}) for tar in self._tars]
+        splits = {source.index.split for source in self._sources}
+        return ShardIndex(
+            split=splits.pop() if len(splits) == 1 else None,
+            shardlist=entries,
+            fields=self._fields,
+            tokenizers=sorted(self.tokenizers),
+            provenance=self.provenance,
+        ).to_dict()
+
+    @property
+    def fields(self) -> dict[str, dict[str, Any]]:
+        return {name: info.to_dict() for name, info in self._fields.items()}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        if len(self._sources) == 1:
+            return self._sources[0].index.provenance
+        return {"joined": [source.index.provenance for source in self._sources]}
+
+    @property
+    def tokenizers(self) -> dict[str, Path]:
+        folders = (source.folder / META / "tokenizers" / name for source in self._sources for name in source.index.tokenizers)
+        return {folder.name: folder for folder in folders if _TOKENIZER_FOLDER.fullmatch(folder.name) and folder.is_dir()}
+
+    @property
+    def paths(self) -> list[Path]:
+        return [tar.path for tar in self._tars]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the sha256 of every tar, in order. Tars without an index are read for it."""
+        for tar in self._tars:
+            if not tar.entry.sha256:
+                tar.entry.sha256 = sha256_file(tar.path)
+        return hashlib.sha256("".join(tar.entry.sha256 for tar in self._tars).encode()).hexdigest()
+
+    def splits(self) -> list[str]:
+        """The splits these samples are from, as far as their folders say."""
+        return sorted({source.index.split for source in self._sources if source.index.split is not None})
+
+    # samples
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.read(i)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every good sample, in index order; bad ones are skipped and noted, within the limits."""
+        for i in range(len(self)):
+            sample = self.read_or_skip(i)
+            if sample is not None:
+                yield sample
+
+    def read(self, i: int, fields: Iterable[str] | None = None) -> Sample:
+        """Sample `i` with `fields` (default: all), decoded. Raises BadSampleError where that cannot be done."""
+        tar, row, table, archive = self._find(i)
+        values = {}
+        for name in self._fields if fields is None else fields:
+            suffix, start, size = self._member(table, row, name)
+            try:
+                values[name] = decode_value(suffix.rpartition(".")[2].lower(), archive[start : start + size])
+            except DataError as error:
+                key = table.keys[row]
+                bad = BadSample(str(tar.path), key, f"{key}.{suffix}", start, error.message, table.spans[row])
+                raise BadSampleError(bad) from None
+        return Sample(table.keys[row], values, str(tar.path))
+
+    def read_encoded(self, i: int, fields: Iterable[str] | None = None) -> Sample:
+        """Sample `i` with `fields` as the `Encoded` bytes they are in the tar, to be written elsewhere unchanged."""
+        tar, row, table, archive = self._find(i)
+        values = {}
+        for name in self._fields if fields is None else fields:
+            suffix, start, size = self._member(table, row, name)
+            values[name] = Encoded(suffix.rpartition(".")[2].lower(), archive[start : start + size])
+        return Sample(table.keys[row], values, str(tar.path))
+
+    def read_or_skip(self, i: int, fields: Iterable[str] | None = None) -> Sample | None:
+        """Sample `i`, or None where it is bad: noted in `bad` once. Raises DataError under `fail`, or when too many are."""
+        try:
+            return self.read(i, fields)
+        except BadSampleError as error:
+            self.skip(i, error.bad)
+            return None
+
+    def skip(self, i: int, bad: BadSample) -> None:
+        """Note that sample `i` is bad. Raises DataError under `fail`, or when too many are."""
+        i = range(len(self))[i]
+        if i not in self._bad_rows:
+            self._bad_rows.add(i)
+            self.bad.append(bad)
+            self._check_bad_fraction()
+
+    def key(self, i: int) -> str:
+        """The key of sample `i`."""
+        _, row, table, _ = self._find(i)
+        return table.keys[row]
+
+    def find(self, key: str) -> int:
+        """Where the sample of this key is. Raises UsageError, with the nearest key, where there is none."""
+        if self._positions is None:
+            keys = [key for tar in self._tars for key in self._table(tar).keys]
+            self._positions = {key: i for i, key in reversed(list(enumerate(keys)))}
+        if key not in self._positions:
+            raise UsageError(
+                f"{self.spec}: no sample has the key '{key}'", hint=nearest(key, self._positions) if len(self) < 10_000 else ""
+            )
+        return self._positions[key]
+
+    def write_bad_samples(self, meta: Path) -> str:
+        """The line that accounts for every sample, `kept 9987, skipped 13 (bad_samples.jsonl)`; the file lists the bad ones.
+
+        Under `quarantine` their bytes go to `quarantine.tar` beside it, as they stand in the tars.
+        """
+        kept = len(self) - len(self._bad_rows)
+        if not self.bad:
+            return f"kept {kept}, skipped 0"
+        lines = [json.dumps(bad.to_dict(), ensure_ascii=False) + "\n" for bad in self.bad]
+        write_atomic(meta / "bad_samples.jsonl", "".join(lines))
+        if self.on_bad_sample == "quarantine":
+            pieces = []
+            for bad in self.bad:
+                with open(bad.path, "rb") as file:
+                    file.seek(bad.span[0])
+                    pieces.append(file.read(bad.span[1] - bad.span[0]))
+            write_atomic(meta / "quarantine.tar", b"".join([*pieces, END_OF_ARCHIVE]))
+        return f"kept {kept}, skipped {len(self.bad)} (bad_samples.jsonl)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Maps stay behind when a data loader's worker gets a copy; it opens its own."""
+        return {**self.__dict__, "_archives": OrderedDict()}
+
+    # how they are found
+
+    def _find(self, i: int) -> tuple[_Tar, int, _Table, mmap.mmap | bytes]:
+        length = len(self)
+        if not -length <= i < length:
+            raise IndexError(f"sample {i} of {length}")
+        i %= length
+        number = bisect_right(self._ends, i)
+        tar = self._tars[number]
+        return tar, i - (self._ends[number] - tar.entry.nsamples), self._table(tar), self._archive(tar.path)
+
+    def _member(self, table: _Table, row: int, name: str) -> tuple[str, int, int]:
+        column = table.columns.get(name)
+        if column is None or name not in self._fields:
+            raise DataError(f"{self.spec}: there is no field '{name}'", hint=nearest(name, self._fields))
+        return column.suffixes[row], column.starts[row], column.sizes[row]
+
+    def _archive(self, path: Path) -> mmap.mmap | bytes:
+        """The tar's bytes, mapped; the least recently used maps are let go."""
+        archive = self._archives.get(path)
+        if archive is None:
+            with path.open("rb") as file:
+                empty = os.fstat(file.fileno()).st_size == 0
+                archive = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._archives[path] = archive
+            if len(self._archives) > _OPEN_ARCHIVES:
+                self._archives.popitem(last=False)
+        elif len(self._archives) > 1:
+            self._archives.move_to_end(path)
+        return archive
+
+    def _table(self, tar: _Tar) -> _Table:
+        if tar.table is None:
+            if tar.to_hash:
+                digest = sha256_file(tar.path)
+                if digest != tar.entry.sha256:
+                    raise _changed(tar.path, f"its sha256 is {digest[:16]}…, the index says {tar.entry.sha256[:16]}…")
+                tar.to_hash = False
+            expected = next(source.index.fields.keys() for source in self._sources if any(tar is own for own in source.tars))
+            self._read_table(tar, frozenset(expected))
+        assert tar.table is not None
+        return tar.table
+
+    def _read_table(self, tar: _Tar, expected: frozenset[str] | None) -> frozenset[str]:
+        """Walk a tar: fill its table with the samples that have the `expected` fields (None: those most of them have), note the bad."""
+        walked = walk(self._archive(tar.path))
+        if tar.declared and walked.damage:
+            raise _changed(tar.path, f"byte {walked.damage[0]:,}: {walked.damage[1]}")
+        groups, unread = group_members(walked)
+        self.unread += unread
+        sets = Counter(frozenset(group.fields) for group in groups if not group.problem and group.fields)
+        if expected is None:
+            expected = sets.most_common(1)[0][0] if sets else frozenset()
+        good = []
+        path = str(tar.path)
+        for group in groups:
+            if group.problem is None and group.fields.keys() != expected:
+                has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
+                group.problem = (group.key, group.span[0], f"has {has}; the other samples have {wants or 'none'}")
+            if group.problem is None:
+                good.append(group)
+            else:
+                member, offset, reason = group.problem
+                self.bad.append(BadSample(path, group.key, member, offset, reason, group.span))
+        if walked.damage:
+            offset, reason = walked.damage
+            self.bad.append(BadSample(path, "", "what follows", offset, reason, (offset, offset)))
+        columns = {name: _Column() for name in sorted(expected)}
+        for name, column in columns.items():
+            for group in good:
+                suffix, start, size = group.fields[name]
+                column.suffixes.append(suffix)
+                column.starts.append(start)
+                column.sizes.append(size)
+        tar.table = _Table([group.key for group in good], [group.span for group in good], columns)
+        found = (len(good), good[0].key if good else "", good[-1].key if good else "")
+        if tar.declared and found != (tar.entry.nsamples, tar.entry.first_key, tar.entry.last_key):
+            indexed = f"{tar.entry.nsamples} samples, {tar.entry.first_key} to {tar.entry.last_key}"
+            raise _changed(tar.path, f"holds {found[0]} good samples, {found[1]} to {found[2]}; the index says {indexed}")
+        return expected
+
+    # opening
+
+    def _open_place(self, place: Place) -> _Source:
+        index = read_index(place.folder)
+        if index is not None:
+            return self._open_indexed(place, index)
+        if (place.folder / META / UNFINISHED).is_dir() and place.tars is None:
+            raise DataError(f"{place.folder}: the stage that writes these shards has not finished", hint="run it again, it goes on")
+        return self._open_foreign(place)
+
+    def _open_indexed(self, place: Place, index: ShardIndex) -> _Source:
+        """A folder whose index speaks for its tars, as far as they are the ones it was written for."""
+        indexed_at = (place.folder / META / INDEX).stat().st_mtime_ns
+        by_name = {entry.name: entry for entry in index.shardlist}
+        names = [path.name for path in place.tars] if place.tars is not None else list(by_name)
+        present = {path.name for path in place.folder.glob("*.tar")} if place.tars is None else set(names)
+        for name in sorted(present - by_name.keys()):
+            raise DataError(
+                f"{place.folder / name}: not in the folder's index", hint=f"mmgen verify {place.folder} --index makes a new one"
+            )
+        tars = []
+        for name in names:
+            path, entry = place.folder / name, by_name[name]
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise DataError(f"{path}: missing, though the folder's index lists it") from None
+            if status.st_size != entry.bytes:
+                raise _changed(path, f"it has {status.st_size:,} bytes, the index says {entry.bytes:,}")
+            tars.append(_Tar(path, entry, declared=True, to_hash=status.st_mtime_ns > indexed_at))
+        if len(tars) < len(by_name):
+            index = index.model_copy(update={"shardlist": [tar.entry for tar in tars]})
+        return _Source(place.folder, index, tars)
+
+    def _open_foreign(self, place: Place) -> _Source:
+        """Tars without an index: all headers are walked now. Fields are those of most samples in the first tar; their dtypes and
+        shapes are those of its first samples."""
+        paths = list(place.tars) if place.tars is not None else sorted(place.folder.glob("*.tar"))
+        expected: frozenset[str] | None = None
+        tars = []
+        for path in paths:
+            entry = ShardEntry(url=f"../{path.name}", nsamples=0, bytes=path.stat().st_size, sha256="", first_key="", last_key="")
+            tar = _Tar(path, entry, declared=False)
+            expected = self._read_table(tar, expected) or None
+            assert tar.table is not None
+            if keys := tar.table.keys:
+                tar.entry = tar.entry.model_copy(update={"nsamples": len(keys), "first_key": keys[0], "last_key": keys[-1]})
+            tars.append(tar)
+        fields = FieldTable()
+        for tar in tars[:1]:
+            self._describe(tar, fields, first=16)
+        return _Source(place.folder, ShardIndex(shardlist=[tar.entry for tar in tars], fields=fields.fields), tars)
+
+    def _describe(self, tar: _Tar, fields: FieldTable, first: int) -> None:
+        assert tar.table is not None
+        archive = self._archive(tar.path)
+        for name, column in tar.table.columns.items():
+            fields.fields[name] = FieldInfo(suffix=None, dtype=None, shape=None)
+            described = FieldTable()
+            for suffix, start, size in list(zip(column.suffixes, column.starts, column.sizes, strict=True))[:first]:
+                try:
+                    described.add(name, suffix.rpartition(".")[2].lower(), archive[start : start + size])
+                except DataError:
+                    continue  # met again, and accounted for, when the sample is read
+            fields.fields |= described.fields
+
+    def _common_fields(self) -> dict[str, FieldInfo]:
+        first, *others = (source.index.fields for source in self._sources)
+        common = dict(first)
+        for fields in others:
+            common = {name: merge_field(name, info, fields[name]) for name, info in common.items() if name in fields}
+        if not common:
+            sets = "; ".join(", ".join(source.index.fields) for source in self._sources)
+            raise DataError(f"{self.spec}: the joined shards share no field: {sets}")
+        return common
+
+    def _check_bad_fraction(self) -> None:
+        if not self.bad:
+            return
+        if self.on_bad_sample == "fail":
+            raise BadSampleError(self.bad[0])
+        total = len(self) + len(self.bad) - len(self._bad_rows)
+        if len(self.bad) > self.max_bad_fraction * total:
+            reasons = "\n".join(f"  {bad}" for bad in self.bad[:3])
+            raise DataError(
+                f"{self.spec}: {len(self.bad)} of {total} samples are bad, at most {self.max_bad_fraction:.2%} may be:\n{reasons}",
+                hint="mmgen verify lists them all; --max-bad-fraction accepts more",
+            )
+
+
+def _changed(path: Path, what: str) -> DataError:
+    hint = "restore the tar; or, if the change is meant, `mmgen verify --index` makes a new index"
+    return DataError(f"{path}: not the tar its index describes: {what}", hint=hint)
