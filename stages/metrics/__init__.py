@@ -1,0 +1,23 @@
+"""Every metric by the name it has in results.json. A new one is a new file and a new row here; which of them apply to a set of
+samples is decided by the fields it has."""
+
+from stages.metrics.caption_correctness import CaptionCorrectness
+from stages.metrics.codebook import Codebook
+from stages.metrics.frechet import FrechetDistance
+from stages.metrics.psnr import PSNR
+from stages.metrics.question_accuracy import QuestionAccuracy
+from stages.metrics.retrieval import Retrieval
+from stages.metrics.scene_accuracy import SceneAccuracy
+from stages.metrics.score import Metric
+from stages.metrics.ssim import SSIM
+
+METRICS: dict[str, type[Metric]] = {
+    "scene-accuracy": SceneAccuracy,
+    "question-accuracy": QuestionAccuracy,
+    "caption-correctness": CaptionCorrectness,
+    "retrieval": Retrieval,
+    "psnr": PSNR,
+    "ssim": SSIM,
+    "codebook": Codebook,
+    "frechet-distance": FrechetDistance,
+}

@@ -25,28 +25,26 @@ class Codebook:
     paired = False
 
     def __init__(self, setting: Setting) -> None:
-        pass
+        assert setting.codebook_size is not None  # applies() asked for it
+        self.size = setting.codebook_size
 
     @staticmethod
     def applies(sample: Fields, setting: Setting) -> bool:
-        return "sample.image.codes" in sample and "codebook_size" in sample.get("meta", {})
+        return "sample.image.codes" in sample and setting.codebook_size is not None
 
-    def look(self, sample: Fields) -> tuple[np.ndarray, int]:
-        """The codes of one picture (any shape), and the size of their codebook."""
-        size, codes = sample["meta"]["codebook_size"], np.asarray(sample["sample.image.codes"]).ravel()
-        if codes.size == 0 or codes.min() < 0 or codes.max() >= size:
-            raise DataError(f"sample.image.codes: {codes.size} codes, which should be integers from 0 to {size - 1}")
-        return codes, size
+    def look(self, sample: Fields) -> np.ndarray:
+        """The codes of one picture, flat."""
+        codes = np.asarray(sample["sample.image.codes"]).ravel()
+        if codes.size == 0 or codes.min() < 0 or codes.max() >= self.size:
+            raise DataError(f"sample.image.codes: {codes.size} codes, which should be integers from 0 to {self.size - 1}")
+        return codes
 
     def expect(self, sample: Fields) -> None:
         return None
 
-    def scores(self, seen: list[tuple[np.ndarray, int]], expected: list[None]) -> list[Score]:
-        sizes = sorted({size for _, size in seen})
-        if len(sizes) > 1:
-            raise DataError(f"codes of several codebooks, of {sizes} codes, cannot be counted together")
-        counts = np.bincount(np.concatenate([codes for codes, _ in seen]), minlength=sizes[0])
-        tokens, protocol = int(counts.sum()), {"codebook_size": sizes[0]}
+    def scores(self, seen: list[np.ndarray], expected: list[None]) -> list[Score]:
+        counts = np.bincount(np.concatenate(seen), minlength=self.size)
+        tokens, protocol = int(counts.sum()), {"codebook_size": self.size}
         return [
             Score("usage", usage(counts), tokens, len(seen), protocol=protocol),
             Score("perplexity", perplexity(counts), tokens, len(seen), protocol=protocol),

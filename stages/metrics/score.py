@@ -8,7 +8,7 @@ things it counts, an interval, and the protocol: everything that must be equal b
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -42,17 +42,18 @@ class Reference:
 @dataclass(frozen=True)
 class Setting:
     """What the metrics of one evaluation share: the seed of the bootstrap, the name of the network that compares pictures
-    (a key of FEATURES, or "best"), and the real pictures, if there are any."""
+    (a key of FEATURES, or "best"), the real pictures, and the size of the codebook, where there are such."""
 
     seed: int = 0
     features: str = "best"
     reference: Reference | None = None
+    codebook_size: int | None = None
 
 
 class Metric(Protocol):
     """One file of stages/metrics/ per metric; METRICS lists them."""
 
-    paired: ClassVar[bool]  # False where pairing with another prompt makes no sense (distances between sets, codebook usage)
+    paired: bool  # False where pairing with another prompt makes no sense (distances between sets, codebook usage)
 
     def __init__(self, setting: Setting) -> None: ...
 

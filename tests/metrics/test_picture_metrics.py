@@ -75,12 +75,14 @@ def test_perplexity_is_the_number_of_equally_frequent_codes():
 
 
 def test_codebook_scores_count_every_token_and_refuse_codes_out_of_range():
-    metric = Codebook(Setting())
-    meta = {"codebook_size": 4}
-    samples = [{"sample.image.codes": np.array([[0, 1, 1]]), "meta": meta}, {"sample.image.codes": np.array([[3], [1]]), "meta": meta}]
+    setting = Setting(codebook_size=4)
+    samples = [{"sample.image.codes": np.array([[0, 1, 1]])}, {"sample.image.codes": np.array([[3], [1]])}]
+    assert Codebook.applies(samples[0], setting)
+    assert not Codebook.applies(samples[0], Setting())
+    metric = Codebook(setting)
     scores = {score.category: score for score in metric.scores([metric.look(sample) for sample in samples], [None, None])}
     assert scores["usage"].value == 0.75
     assert scores["usage"].n == 5
     assert scores["perplexity"].value == pytest.approx(math.exp(0.6 * math.log(5 / 3) + 0.4 * math.log(5)))
     with pytest.raises(DataError, match="0 to 3"):
-        metric.look({"sample.image.codes": np.array([4]), "meta": meta})
+        metric.look({"sample.image.codes": np.array([4])})

@@ -1,0 +1,52 @@
+"""Is the picture what the prompt said? Read back by the exact reader and compared object by object, as GenEval does by detectors.
+
+Beside the objects and whole scenes: GenEval's six categories (arXiv:2310.11513), each over the prompts it is about. A picture the
+reader does not believe (blurred, mixed) counts as empty, hence wrong, and the share it does believe is reported.
+"""
+
+from stages.data.scenes import CATEGORIES, Scene, categories, judge, read_scene
+from stages.data.scenes.reader import MAX_RATIO, MAX_RESIDUAL
+from stages.errors import DataError
+from stages.metrics.object_scores import object_scores, share
+from stages.metrics.psnr import is_reconstruction
+from stages.metrics.score import Fields, Score, Setting
+
+
+def drawn_scene(sample: Fields) -> tuple[Scene, bool]:
+    """What the reader finds in `sample.image`, empty where it does not believe what it sees; and whether it does."""
+    level = sample["scene"]["level"]
+    try:
+        reading = read_scene(sample["sample.image"], level)
+    except ValueError as error:
+        raise DataError(f"{sample['__key__']}: sample.image: {error}") from None
+    return (reading.scene if reading.valid else Scene(level), reading.valid)
+
+
+class SceneAccuracy:
+    paired = True
+
+    def __init__(self, setting: Setting) -> None:
+        self.seed = setting.seed
+
+    @staticmethod
+    def applies(sample: Fields, setting: Setting) -> bool:
+        """Drawn pictures, and reconstructions: of these the reader says whether the tokenizer keeps what matters."""
+        return {"sample.image", "scene"} <= sample.keys()
+
+    def look(self, sample: Fields) -> tuple[Scene, bool, bool]:
+        return *drawn_scene(sample), is_reconstruction(sample)
+
+    def expect(self, sample: Fields) -> Scene:
+        return Scene.from_json(sample["scene"])
+
+    def scores(self, seen: list[tuple[Scene, bool, bool]], expected: list[Scene]) -> list[Score]:
+        drawn = [scene for scene, _, _ in seen]
+        task = "reconstruct" if all(again for _, _, again in seen) else "draw"
+        levels = sorted({scene.level for scene in expected})
+        protocol = {"task": task, "reader": "scenes", "levels": levels, "max_residual": MAX_RESIDUAL, "max_ratio": MAX_RATIO}
+        scores = object_scores(expected, drawn, self.seed, protocol)
+        for name in CATEGORIES:
+            about = [judge(name, meant, made) for meant, made in zip(expected, drawn, strict=True) if name in categories(meant)]
+            if about:
+                scores.append(share(name, about, protocol))
+        return [*scores, share("readable", [valid for _, valid, _ in seen], protocol)]
