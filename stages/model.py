@@ -18,7 +18,7 @@ from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Transformer
 from stages.parts.layers import TimestepEmbedding
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
-from stages.sequence.segment import Batch, Content, Layout, PortRows
+from stages.sequence.segment import Batch, Content, PortRows
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Model(nn.Module):
                 connector = port.connector.build(piece.total + (piece.mask >= 0), width)
                 head = port.head.build(width, piece.total, tied_to=connector) if port.head is not None else None
         else:
-            in_dim = self._content_dim(port)
+            in_dim = self.content_dim(port)
             if port.connector is not None:
                 connector = port.connector.build(in_dim, width)
             if port.head is not None:
@@ -98,7 +98,8 @@ class Model(nn.Module):
         timestep = TimestepEmbedding(width) if port.timestep == "add" else None
         return PortModule(port, connector, head, timestep)
 
-    def _content_dim(self, port: Port) -> int:
+    def content_dim(self, port: Port) -> int:
+        """Channels of one token of a port's content, before its connector."""
         if port.encoder:
             return self.encoders[port.encoder].out_dim  # type: ignore[return-value]
         channels = self.recipe.autoencoders[port.autoencoder].latent_channels if port.autoencoder else 3
@@ -317,7 +318,7 @@ def set_trainable(model: nn.Module, trainable: Iterable[str], frozen: Iterable[s
             learning.append((name, parameter))
     if not learning:
         raise GuardError("every parameter is frozen: there is nothing to train")
-    for name, module in model.named_modules():
+    for module in model.modules():
         own = list(module.parameters())
         if own and not any(parameter.requires_grad for parameter in own):
             module.train(False)  # a frozen tower keeps its statistics and drops nothing out
@@ -326,8 +327,3 @@ def set_trainable(model: nn.Module, trainable: Iterable[str], frozen: Iterable[s
 
 def covers(address: str, name: str) -> bool:
     return address == "*" or name == address or name.startswith(address + ".")
-
-
-def layout_like(layout: Layout, sample_id: Tensor) -> Layout:
-    """The same places for other owners: -1 turns a column into padding for that row."""
-    return replace(layout, sample_id=sample_id)

@@ -31,6 +31,7 @@ from stages.parts.views import VIEWS
 from stages.sequence.segment import Content, MaskKind, PositionKind, Role
 
 RECIPES = Path(__file__).parent / "recipes"
+HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
 
@@ -41,9 +42,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class _PartProblem(ValueError):
+    """A RecipeError on its way through pydantic, which adds where it happened."""
+
+    def __init__(self, problem: RecipeError) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
 def _part(family: Mapping[str, type[PartConfig]]) -> BeforeValidator:
     """A recipe table → the config its `kind` names."""
-    return BeforeValidator(lambda table: table if isinstance(table, PartConfig) else parse_part(family, table, "<here>"))
+    return BeforeValidator(lambda table: table if isinstance(table, PartConfig) else _parse(family, table))
+
+
+def _parse(family: Mapping[str, type[PartConfig]], table: Any) -> PartConfig:
+    try:
+        return parse_part(family, table, HERE)
+    except RecipeError as problem:
+        raise _PartProblem(problem) from None
 
 
 class Paper(Strict):
@@ -223,8 +239,10 @@ def _sampler(table: Any) -> SamplerConfig:
         return table
     renamed = {("kind" if key == "sampler" else key): value for key, value in table.items()}
     if "sampler" not in table:
-        raise RecipeError("`sampler` is missing", hint=nearest("", SAMPLERS))
-    return parse_part(SAMPLERS, renamed, "<here>")
+        raise _PartProblem(RecipeError("`sampler` is missing", hint=nearest("", SAMPLERS)))
+    config = _parse(SAMPLERS, renamed)
+    assert isinstance(config, SamplerConfig)
+    return config
 
 
 def recipe_names() -> dict[str, Path]:
@@ -359,6 +377,10 @@ def _explain(error: ValidationError, where: str, text: str) -> RecipeError:
     location = [str(step) for step in first["loc"] if step not in ("SegmentSpec", "EachSpec")]
     key = ".".join(location)
     hint = ""
+    problem = first.get("ctx", {}).get("error")
+    if isinstance(problem, _PartProblem):
+        told = problem.problem.message.replace(HERE, key) if HERE in problem.problem.message else f"{key}: {problem.problem.message}"
+        return RecipeError(f"{where}{_line_of(told, text)}: {told}", hint=problem.problem.hint)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         model = _model_at([step for step in first["loc"][:-1] if isinstance(step, str)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,6 +50,33 @@ def lay_out(segments: Listing[Segment]) -> Layout:
     return pack([Sequence(key="", task="", segments=tuple(segments))]).layout
 
 
+@dataclass
+class Cursor:
+    """Where a sample that is being written stands: its next index, its last block, its clock."""
+
+    index: int = 0
+    block: int = -1
+    clock: int = 0
+
+
+def continue_rows(rows: Listing[Listing[Segment]], cursors: Listing[Cursor]) -> tuple[Batch, list[Cursor]]:
+    """One sample a row, each going on from its cursor; shorter rows are padded on the right. Returns the moved cursors too."""
+    width = max((sum(len(segment) for segment in segments) for segments in rows), default=0)
+    table = _empty_layout(len(rows), width)
+    owned: dict[str, list[_Placed]] = {}
+    moved: list[Cursor] = []
+    for row, (segments, cursor) in enumerate(zip(rows, cursors, strict=True)):
+        sequence = Sequence(key="", task="", segments=tuple(segments))
+        placed = list(_place(sequence, row, row * width, cursor.block, cursor.clock))
+        for entry in placed:
+            owned.setdefault(entry.segment.port, []).append(entry)
+            entry.write(table, row, row * width, cursor.index)
+        clock = positions_of(segments, cursor.clock)[1]
+        moved.append(Cursor(cursor.index + len(sequence), placed[-1].block if placed else cursor.block, clock))
+    ports = {name: _gather(placed) for name, placed in owned.items()}
+    return Batch(table, ports, ("",) * len(rows), ("",) * len(rows)), moved
+
+
 def _first_fit(sequences: list[Sequence], length: int) -> list[list[int]]:
     order = sorted((i for i, s in enumerate(sequences) if len(s) > 0), key=lambda i: (-len(sequences[i]), i))
     rows: list[list[int]] = []
@@ -84,21 +112,22 @@ class _Placed:
     def __init__(self, segment: Segment, number: int, first: int, start: int, block: int, positions: Tensor) -> None:
         self.segment, self.number, self.first, self.start, self.block, self.positions = segment, number, first, start, block, positions
 
-    def write(self, table: Layout, row: int, row_start: int) -> None:
+    def write(self, table: Layout, row: int, row_start: int, index_start: int = 0) -> None:
         span = slice(self.start - row_start, self.start - row_start + len(self.segment))
         table.sample_id[row, span] = self.number
         table.block_id[row, span] = self.block
-        table.index[row, span] = torch.arange(self.start - self.first, self.start - self.first + len(self.segment))
+        place = index_start + self.start - self.first
+        table.index[row, span] = torch.arange(place, place + len(self.segment))
         table.full[row, span] = self.segment.mask != MaskKind.CAUSAL
         table.isolated[row, span] = self.segment.mask == MaskKind.ISOLATED
         table.positions[row, span] = self.positions
         table.expert_id[row, span] = self.segment.expert
 
 
-def _place(sequence: Sequence, number: int, first: int) -> Iterable[_Placed]:
+def _place(sequence: Sequence, number: int, first: int, block: int = -1, clock: int = 0) -> Iterable[_Placed]:
     in_table = [segment for segment in sequence.segments if segment.in_table]
-    positions, _ = positions_of(in_table)
-    place, block, start = 0, -1, first
+    positions, _ = positions_of(in_table, clock)
+    place, start = 0, first
     previous: Segment | None = None
     for segment in sequence.segments:
         if not segment.in_table:

@@ -94,20 +94,22 @@ class Planner:
     ) -> tuple[list[Segment], list[SegmentSpec]]:
         """What stands before the first thing the model is to write, and the specs that come from there on.
 
-        A text target that begins with a literal gives that literal to the model only if it holds no field: what carries loss is
-        the model's to write. `record` picks one entry of the task's list field.
+        The last target of a task is always written, earlier ones only where the sample lacks their fields: a caption that carries
+        loss in training is given when it is there. `record` picks one entry of the task's list field, `drop` leaves out groups.
         """
-        spec = self.recipe.tasks[task]
+        filled = list(self._filled(self.recipe.tasks[task], sample, None, record=record, lenient=True))
+        targets = [place for place, (spec, _) in enumerate(filled) if spec.role == Role.TARGET]
         segments: list[Segment] = []
-        held = 0
         rest: list[SegmentSpec] = []
-        for segment_spec, values in self._filled(spec, sample, None, record=record, lenient=True):
-            if rest or segment_spec.role == Role.TARGET:
-                rest.append(segment_spec)
+        held = 0
+        for place, (spec, values) in enumerate(filled):
+            written = place == targets[-1] or (spec.role == Role.TARGET and any(self._lacks(spec, name, values) for name in spec.fields))
+            if rest or written:
+                rest.append(spec)
                 continue
-            made = self._segments(segment_spec, values, set(drop), sample)
+            made = self._segments(spec, values, set(drop), sample)
             segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made else []
-            held = 0 if made else held + self._ticks(segment_spec, values, set(drop), sample)
+            held = 0 if made else held + self._ticks(spec, values, set(drop), sample)
         return segments, rest
 
     # how
@@ -186,6 +188,10 @@ class Planner:
             segment = replace(segment, merge=port.markers.inside)
         return [part for part in (before, segment, after) if part is not None]
 
+    def literal(self, spec: SegmentSpec) -> list[Segment]:
+        """A segment whose text holds no field."""
+        return self._segments(spec, {}, set(), Sample("", {}))
+
     def marker(self, port: Port, spec: SegmentSpec, side: str) -> Segment | None:
         """The one-token segment before or after a picture. It belongs to the text port: its embedding, expert and loss."""
         name = getattr(port.markers, side)
@@ -214,6 +220,10 @@ class Planner:
             if other.content == Content.TOKEN_IDS and other.enters == "sequence" and backbone_of(self.recipe, other) == network:
                 return name
         raise DataError("markers need a port of token ids on the same backbone")
+
+    def expert_of(self, port: str) -> int:
+        """Which expert's weights a port's tokens pass through, by number."""
+        return self._expert(self.recipe.ports[port])
 
     def _expert(self, port: Port) -> int:
         if port.enters != "sequence" or not port.expert:

@@ -223,7 +223,7 @@ def _update(
 ) -> float | None:
     """Backward, clip, step, for each optimizer; the gradient norm of `main`, or None (and nothing moved) if anything was not finite."""
     norms: dict[str, Tensor] = {}
-    for name, optimizer in optimizers.items():
+    for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     for name, loss in result.losses.items():
         parameters = [parameter for _, parameter in trainee.learning[name]]

@@ -1,0 +1,250 @@
+"""Writing with a trained model: a batch of samples goes on from its prompts, token by token, code by code, or picture by picture.
+
+A `Session` holds the rows of the key/value cache. Guidance runs as more rows of the same batch, one copy of each sample for each
+pass. Every block the model writes is laid out by the same planner and `pack` as in training, so masks,
+positions, markers and experts cannot differ. Denoising steps and rounds of masked decoding run over the cached prefix and leave no
+trace; the finished block is then committed clean, by a pass of its own, before anything is written after it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from stages.errors import RecipeError
+from stages.model import Model
+from stages.parts.backbones import KeyValueCache
+from stages.parts.layers import unpatchify
+from stages.parts.samplers import AutoregressiveConfig, DenoiseSamplerConfig, Guide, MaskedConfig, SamplerConfig, sample_denoised
+from stages.parts.samplers.noise import sample_normals, sample_uniforms
+from stages.parts.schedules import NOISE_SCHEDULES
+from stages.recipe import SegmentSpec
+from stages.sequence.pack import Cursor, continue_rows
+from stages.sequence.plan import PLACEHOLDER, Planner
+from stages.sequence.segment import Batch, Content, Layout, PortRows, Segment
+
+UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode step draws none
+
+
+@dataclass
+class Prompt:
+    """One sample to be written: its key decides its random numbers, `passes` are its contexts, one for each guidance pass."""
+
+    key: str
+    passes: list[list[Segment]]
+    generator: Generator
+
+
+class Session:
+    """A batch of prompts being continued. Rows are pass-major: row p · b + i is pass p of sample i."""
+
+    def __init__(self, model: Model, planner: Planner, prompts: Sequence[Prompt], guide: Guide, capacity: int) -> None:
+        self.model, self.planner, self.guide = model, planner, guide
+        self.generators = [prompt.generator for prompt in prompts]
+        self.b, self.passes = len(prompts), len(guide.drops)
+        self.device = next(model.parameters()).device
+        rows = [prompts[i].passes[p] for p in range(self.passes) for i in range(self.b)]
+        self.cursors = [Cursor() for _ in rows]
+        self.last = torch.zeros(len(rows), model.backbone.config.width, device=self.device)
+        width = max(sum(len(segment) for segment in row) for row in rows)
+        empty, _ = continue_rows([[] for _ in rows], self.cursors)
+        dtype = next(model.backbone.parameters()).dtype
+        self.cache = KeyValueCache(model.backbone.config, empty.layout.to(self.device), width + capacity, dtype)
+        self.write(rows)
+
+    # the network
+
+    def write(self, rows: Sequence[Sequence[Segment]]) -> None:
+        """Append given segments, a list for each row, and remember the hidden row after them."""
+        batch, moved = continue_rows(rows, self.cursors)
+        if not batch.layout.shape[1]:
+            return
+        batch = batch.to(self.device)
+        hidden = self.model.hidden(batch, self.cache)
+        self.cache.commit(batch.layout)
+        lengths = torch.tensor([sum(len(segment) for segment in row) for row in rows], device=self.device)
+        ends = (lengths - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[2])
+        self.last = torch.where((lengths > 0)[:, None], hidden.gather(1, ends).squeeze(1), self.last)
+        self.cursors = moved
+
+    def repeat(self, rows: Sequence[Sequence[Segment]]) -> list[Sequence[Segment]]:
+        """One list a sample → one list a row: every guidance pass is given the same."""
+        return list(rows) * self.passes
+
+    def guided(self, output: Tensor, t: float | None = None) -> Tensor:
+        """(passes · b, ...) predictions → (b, ...) guided ones."""
+        return self.guide.combine(output.chunk(self.passes)[: len(self.guide.passes(t))])
+
+    # text
+
+    def write_text(
+        self, spec: SegmentSpec, sampler: AutoregressiveConfig, active: Tensor, switch: Sequence[int] = ()
+    ) -> tuple[list[list[int]], Tensor]:
+        """Token ids for each active sample (b,), until the literal that ends the segment, or a token of `switch`, or max_tokens.
+
+        The ending token is written into the context but not returned; second result: the token each sample ended with, -1 for none.
+        """
+        port = self.model.recipe.ports[spec.port]
+        stop = self.stop_token(spec)
+        ends = torch.tensor([*([stop] if stop is not None else []), *switch], dtype=torch.int64, device=self.device)
+        expert = self.planner.expert_of(spec.port)
+        index, block, clock = (
+            torch.tensor([getattr(c, name) for c in self.cursors], device=self.device) for name in ("index", "block", "clock")
+        )
+        block = block + 1
+        written: list[Tensor] = []
+        alive = active.clone()
+        ended = torch.full((self.b,), -1, dtype=torch.int64, device=self.device)
+        uniforms = torch.empty(self.b, 0, device=self.device)
+        steps = torch.zeros_like(index)
+        for place in range(sampler.max_tokens):
+            if place % UNIFORMS == 0:
+                uniforms = sample_uniforms(self.generators, (UNIFORMS,), device=self.device)
+            logits = self.guided(self.model.predict(spec.port, self.last))
+            ids = sampler.choose(logits, uniforms[:, place % UNIFORMS])
+            written.append(torch.where(alive, ids, -1))
+            rows_alive = alive.repeat(self.passes)
+            layout = Layout(
+                sample_id=torch.where(rows_alive, torch.zeros_like(index), -1)[:, None],
+                block_id=block[:, None],
+                index=(index + steps)[:, None],
+                full=torch.zeros_like(rows_alive)[:, None],
+                isolated=torch.zeros_like(rows_alive)[:, None],
+                positions=(clock + steps)[:, None, None].expand(-1, 1, 3),
+                expert_id=torch.full_like(index, expert)[:, None],
+            )
+            finishing = alive & torch.isin(ids, ends)
+            ended = torch.where(finishing, ids, ended)
+            hidden = self.model.backbone(self.model.embed_ids(spec.port, ids.repeat(self.passes)).unsqueeze(1), layout, self.cache)
+            self.cache.commit(layout)
+            self.last = torch.where(rows_alive[:, None], hidden.squeeze(1), self.last)
+            steps = steps + rows_alive
+            alive = alive & ~finishing
+            if not bool(alive.any()):
+                break
+        assert port.content == Content.TOKEN_IDS
+        moved = steps.tolist()
+        self.cursors = [Cursor(c.index + n, c.block + (n > 0), c.clock + n) for c, n in zip(self.cursors, moved, strict=True)]
+        table = torch.stack(written, dim=1).tolist() if written else [[] for _ in range(self.b)]
+        return [[token for token in row if token >= 0 and token not in ends.tolist()] for row in table], ended
+
+    def stop_token(self, spec: SegmentSpec) -> int | None:
+        """The token that ends a text segment: the first of the literal after its last field, else <eos>."""
+        tokenizer = self.planner.tokenizers[self.model.recipe.ports[spec.port].tokenizer]
+        tail = PLACEHOLDER.split(spec.text)[-1] if spec.text else ""
+        return tokenizer.encode(tail, special=True)[0] if tail else None
+
+    # pictures
+
+    def write_picture(
+        self, spec: SegmentSpec, sampler: SamplerConfig, grid: tuple[int, int], active: Sequence[bool], *, commit: bool
+    ) -> Tensor:
+        """Codes int64 (b, h, w) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
+
+        commit: something is written after it, so the clean block joins the context.
+        """
+        port = self.model.recipe.ports[spec.port]
+        length = grid[0] * grid[1]
+        channels = None if port.is_ids else self.model.content_dim(port)
+        payload = torch.zeros(length, dtype=torch.int64) if channels is None else torch.zeros(length, channels)
+        parts = self.planner.block(spec, payload, grid)
+        core = next(part for part in parts if part.port == spec.port)
+        before, after = parts[: parts.index(core)], parts[parts.index(core) + 1 :]
+        joint = bool(before) and core.merge and core.mask != "causal"  # markers inside a block that sees itself whole
+        if before and not joint:
+            self.write(self.repeat([before if on else [] for on in active]))
+        block = [*before, core, *after] if joint else [core]
+        batch, moved = continue_rows(self.repeat([block if on else [] for on in active]), self.cursors)
+        batch = batch.to(self.device)
+        if isinstance(sampler, AutoregressiveConfig):
+            content = self._codes_in_order(spec.port, sampler, batch, length, active)
+        elif isinstance(sampler, MaskedConfig):
+            content = self._codes_in_rounds(spec.port, sampler, batch, length, active)
+        elif isinstance(sampler, DenoiseSamplerConfig):
+            content = self._latents(spec.port, sampler, batch, length, active)
+        else:
+            raise RecipeError(f"sample.{spec.port}.sampler: '{sampler.kind}' does not draw pictures")
+        if commit:
+            if not isinstance(sampler, AutoregressiveConfig):
+                self._commit(spec.port, batch, content, active)
+            self.cursors = moved
+            if after and not joint:
+                self.write(self.repeat([after if on else [] for on in active]))
+        if channels is None:
+            return content.reshape(self.b, *grid)
+        return unpatchify(content.reshape(self.b, length, -1), grid, port.patch_size)
+
+    def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """One code after another, each drawn from the port's own ids only."""
+        rows_on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        uniforms = sample_uniforms(self.generators, (length,), device=self.device)
+        codes: list[Tensor] = []
+        for place in range(length):
+            logits = self.guided(self.model.predict(name, self.last))
+            ids = sampler.choose(logits, uniforms[:, place])
+            codes.append(ids)
+            layout = batch.layout.columns(place, place + 1)
+            hidden = self.model.backbone(self.model.embed_ids(name, ids.repeat(self.passes)).unsqueeze(1), layout, self.cache)
+            self.cache.commit(layout)
+            self.last = torch.where(rows_on[:, None], hidden.squeeze(1), self.last)
+        return torch.stack(codes, dim=1)
+
+    def _codes_in_rounds(self, name: str, sampler: MaskedConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """Parallel decoding: each round sees the whole block over the cached prefix."""
+        mask_id = self.model.slices[name].size
+
+        def predict(codes: Tensor, hidden: Tensor) -> Tensor:
+            values = torch.where(hidden, torch.full_like(codes, mask_id), codes)
+            output = self._run_block(name, batch, self._rows_of(values, active), None)
+            return self._per_sample(self.guided(output.reshape(-1, length, output.shape[-1])), active)
+
+        return sampler.sample(predict, length, self.generators, device=self.device)
+
+    def _latents(self, name: str, sampler: DenoiseSamplerConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """Denoising: only the block runs, the prefix is read from the cache."""
+        objective: Any = self.model.recipe.ports[name].objective
+        channels = batch.ports[name].values.shape[1]
+        noise = sample_normals(self.generators, (length, channels), like=self.last)
+
+        def denoise(noisy: Tensor, t: float) -> Tensor:
+            output = self._run_block(name, batch, self._rows_of(noisy, active), t)
+            return self._per_sample(self.guided(output.reshape(-1, length, channels)), active)
+
+        schedule = NOISE_SCHEDULES[objective.schedule]
+        return sample_denoised(
+            sampler, denoise, noise, schedule, objective.predict, timestep_shift=objective.timestep_shift, generators=self.generators
+        )
+
+    def _rows_of(self, values: Tensor, active: Sequence[bool]) -> Tensor:
+        """(b, n, ...) per sample → (rows that own tokens, ...) in table order, once for every pass."""
+        on = values[torch.tensor(list(active), device=values.device)]
+        return torch.cat([on.flatten(0, 1)] * self.passes)
+
+    def _per_sample(self, output: Tensor, active: Sequence[bool]) -> Tensor:
+        """(active samples, n, ...) → (b, n, ...); zeros where a sample does not take part."""
+        if all(active):
+            return output
+        full = output.new_zeros(self.b, *output.shape[1:])
+        full[torch.tensor(list(active), device=output.device)] = output
+        return full
+
+    def _run_block(self, name: str, batch: Batch, values: Tensor, t: float | None) -> Tensor:
+        """One uncommitted pass over a block with other values in its port's rows: predictions (rows, ...) of that port."""
+        rows = with_values(batch.ports[name], values, t)
+        hidden = self.model.hidden(replace(batch, ports={**batch.ports, name: rows}), self.cache)
+        return self.model.predict(name, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows))
+
+    def _commit(self, name: str, batch: Batch, content: Tensor, active: Sequence[bool]) -> None:
+        rows = with_values(batch.ports[name], self._rows_of(content.reshape(self.b, -1, *batch.ports[name].values.shape[1:]), active), 0.0)
+        hidden = self.model.hidden(replace(batch, ports={**batch.ports, name: rows}), self.cache)
+        self.cache.commit(batch.layout)
+        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        self.last = torch.where(on[:, None], hidden[:, -1], self.last)
+
+
+def with_values(rows: PortRows, values: Tensor, t: float | None) -> PortRows:
+    """The same tokens showing other values, at noise level t."""
+    timestep = None if t is None else torch.full((values.shape[0],), t, device=values.device)
+    return replace(rows, values=values, timestep=timestep)

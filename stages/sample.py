@@ -1,0 +1,338 @@
+"""sample: a trained checkpoint answers prompts. Shards in, shards out, with the answers as fields `sample.<field>`.
+
+A prompt is a sample that has the context fields of a task; the task's last target is written. Every output keeps the key and the
+fields of its prompt, so `eval` needs nothing else. The random numbers of an answer depend on (seed, key, task, number) alone, and
+prompts are taken in fixed groups of the index, so the same answers come out whatever else is asked.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stages.data.sample import Sample
+from stages.data.shards import Shards, ShardWriter, open_shards, write_stream
+from stages.decoding import Prompt, Session
+from stages.errors import DataError, RecipeError, UsageError, nearest
+from stages.hub import resolve
+from stages.options import RunOptions
+from stages.parts.samplers import AutoregressiveConfig
+from stages.parts.samplers.noise import sample_generator
+from stages.parts.views.square import to_pixels
+from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
+from stages.run import Run
+from stages.sequence.plan import PLACEHOLDER, Planner
+from stages.sequence.segment import Content, Role
+from stages.training.checkpoint import fingerprint, load_model, open_checkpoint
+from stages.training.loop import deterministic, resolve_device
+from stages.travelling import encode_picture, load_travelling
+
+GROUP = 64  # prompts that are written together; fixed, so that a batch never depends on ranks or limits
+PROMPT_KEY = "prompt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to write: a task asked of one prompt (of one record of its list field), for the number-th time."""
+
+    sample: Sample
+    task: str
+    number: int
+    record: int | None = None
+
+    @property
+    def stream(self) -> str:
+        return f"{self.task}/{self.number}" + (f"/{self.record}" if self.record is not None else "")
+
+
+def sample(
+    model: Path,
+    prompts: str | None,
+    out: Path | str,
+    options: RunOptions,
+    tasks: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    prompt: str | None = None,
+    image: Path | None = None,
+    save_files: bool = False,
+    num_samples: int = 1,
+    untrained: bool = False,
+) -> Path:
+    """Write the answers of one checkpoint. Returns the folder of shards.
+
+    tasks: default all that fit the prompts. sets: `sample.PORT.key=value`, how to sample; nothing else of a trained recipe can
+    change. untrained: the same network with its initial weights, as a control.
+    """
+    deterministic()
+    device = resolve_device(options.device)
+    folder = resolve(str(model))
+    writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained)
+    source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options)
+    first = source[0]
+    writer.choose_tasks(set(first.fields), given_prompt=prompts is None)
+    names = ", ".join(writer.tasks)
+    identity = {
+        "model": fingerprint(folder),
+        "untrained": untrained,
+        "tasks": names,
+        "num_samples": num_samples,
+        "prompt": prompt or "",
+    }
+    inputs = [describe_checkpoint_input(str(model), folder)]
+    inputs += [{"path": prompts, "fingerprint": source.fingerprint, "provenance": source.provenance}] if isinstance(source, Shards) else []
+    with Run(out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs) as run:
+        if run.complete:
+            return Path(out)
+        count = min(len(source), options.limit or len(source))
+        run.say(f"{writer.recipe.name}: {names} for {count:,} prompts" + (f", {num_samples} each" if num_samples > 1 else ""))
+
+        def answered() -> Iterator[Sample]:
+            for start in range(0, count, GROUP):
+                group = [source[i] for i in range(start, min(start + GROUP, count))]
+                yield from writer.answer(group, num_samples)
+                run.status(step=min(start + GROUP, count), of=count)
+                if run.stopping:
+                    run.raise_stop()
+
+        provenance = {"stage": "sample", "model": inputs[0], "prompts": inputs[1:], "seed": options.seed}
+        if str(out) == "-":
+            write_stream(answered(), sys.stdout.buffer, provenance=provenance)
+        else:
+            with ShardWriter(Path(out), name="samples", split=None, provenance=provenance, overwrite=options.overwrite) as shards:
+                for entry in answered():
+                    shards.write(entry)
+                    if save_files:
+                        save_pictures(entry, Path(out) / "files")
+        run.finish("done", f"{count * num_samples:,} samples")
+    return Path(out)
+
+
+class Writer:
+    """A loaded checkpoint that can be asked things: its model, its tokenizers, its planner, and how each port is sampled."""
+
+    def __init__(
+        self, folder: Path, device: str, options: RunOptions, tasks: Sequence[str] = (), sets: Sequence[str] = (), *, untrained: bool = False
+    ) -> None:
+        for assignment in sets:
+            if not assignment.startswith("sample."):
+                raise UsageError(f"--set {assignment}: only sample.* can change after training", hint="train again to change anything else")
+        checkpoint, self.model = load_model(folder, device, untrained=untrained, seed=options.seed)
+        self.config = checkpoint.config
+        recipe, self.travelling = load_travelling(load_recipe(folder, sets=list(sets)), checkpoint.tokenizers, device)
+        self.recipe: Recipe = recipe
+        self.planner = Planner(recipe, self.travelling.text, dict(self.model.encoders.items()))
+        self.options, self.asked = options, list(tasks)
+        self.tasks: list[str] = []
+
+    # which tasks
+
+    def choose_tasks(self, fields: set[str], *, given_prompt: bool = False) -> None:
+        """The tasks asked for, or all that the prompts fit and the model learned."""
+        for task in self.asked:
+            if task not in self.recipe.tasks:
+                raise UsageError(f"--task {task}: recipe '{self.recipe.name}' has no such task", hint=nearest(task, self.recipe.tasks))
+        learned = {task for phase in self.recipe.phases for task in phase.tasks}
+        candidates = self.asked or [name for name in self.recipe.tasks if name in learned and self.writes(name)]
+        self.tasks = []
+        for name in candidates:
+            lacking = sorted(self.needs(name) - fields)
+            if not lacking:
+                self.tasks.append(name)
+            elif self.asked:
+                raise DataError(f"the task '{name}' needs the field {', '.join(lacking)}; these prompts have {', '.join(sorted(fields))}")
+        if not self.tasks:
+            wanted = "; ".join(f"'{name}' needs {', '.join(sorted(self.needs(name))) or 'nothing'}" for name in candidates)
+            raise DataError(f"these prompts fit no task of '{self.recipe.name}' ({wanted}); they have {', '.join(sorted(fields))}")
+
+    def needs(self, name: str) -> set[str]:
+        """The fields a prompt must have for a task."""
+        task = self.recipe.tasks[name]
+        return set(task.context_fields)
+
+    def writes(self, name: str) -> bool:
+        """Whether the last target of a task has a sampler, and a field to write."""
+        targets = [segment for segment in self.recipe.tasks[name].flat() if segment.role == Role.TARGET]
+        return bool(targets) and bool(targets[-1].fields) and bool(self.needs(name)) and targets[-1].port in self.recipe.sample
+
+    # asking
+
+    def answer(self, group: Sequence[Sample], num_samples: int = 1) -> Iterator[Sample]:
+        """Each prompt of a group with its answers, `num_samples` times."""
+        ready = [self.with_contents(entry) for entry in group]
+        outputs: dict[tuple[int, int], dict[str, Any]] = {}
+        for task in self.tasks:
+            for (place, number), fields in self._ask(ready, task, num_samples).items():
+                outputs.setdefault((place, number), {}).update(fields)
+        for place, entry in enumerate(group):
+            for number in range(num_samples):
+                key = entry.key if num_samples == 1 else f"{entry.key}-s{number + 1}"
+                meta = entry.fields.get("meta", {})
+                about = {"prompt_key": entry.key, "seed": self.options.seed, "tasks": self.tasks, "number": number}
+                written = {f"sample.{name}": value for name, value in outputs[place, number].items()}
+                yield Sample(key, {**entry.fields, **written, "meta": {**(meta if isinstance(meta, dict) else {"prompt": meta}), **about}})
+
+    def with_contents(self, entry: Sample) -> Sample:
+        """A prompt with the codes or latents its tasks read, encoded here where the shards did not bring them."""
+        fields = dict(entry.fields)
+        for task in self.tasks:
+            for segment in self.recipe.tasks[task].flat():
+                port = self.recipe.ports[segment.port]
+                name = self.planner.field_of(segment) if segment.field else ""
+                if segment.role == Role.CONTEXT and port.autoencoder and name not in fields and segment.field in fields:
+                    fields[name] = encode_picture(self.recipe, self.travelling, port.autoencoder, fields[segment.field])
+        return replace(entry, fields=fields)
+
+    @torch.no_grad()
+    def _ask(self, group: Sequence[Sample], task: str, num_samples: int) -> dict[tuple[int, int], dict[str, Any]]:
+        """(place in the group, number) → fields, for one task."""
+        spec = self.recipe.tasks[task]
+        each = next((entry.each for entry in spec.segments if isinstance(entry, EachSpec)), None)
+        jobs: list[tuple[int, Job]] = []
+        for place, entry in enumerate(group):
+            records: Sequence[int | None] = range(len(entry.fields[each])) if each else [None]
+            jobs += [(place, Job(entry, task, number, record)) for number in range(num_samples) for record in records]
+        results: dict[tuple[int, int], dict[str, Any]] = {}
+        for start in range(0, len(jobs), GROUP):
+            part = jobs[start : start + GROUP]
+            for (place, job), fields in zip(part, self.write([job for _, job in part]), strict=True):
+                if each is None:
+                    results[place, job.number] = fields
+                    continue
+                assert job.record is not None
+                record = job.sample.fields[each][job.record]
+                truth = {f"truth_{name}" if name != "answer" else "truth": record[name] for name in fields if name in record}
+                entry = {**{k: v for k, v in record.items() if k not in fields}, **fields, **truth}
+                results.setdefault((place, job.number), {each: []})[each].append(entry)
+        return results
+
+    def write(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """What the model writes for some jobs of one task: field → text or picture (uint8), one dict a job."""
+        task = self.recipe.tasks[jobs[0].task]
+        contexts = [self.planner.prompt(job.sample, job.task, record=job.record) for job in jobs]
+        rest = contexts[0][1]
+        groups = {segment.group for segment in task.flat() if segment.cond_dropout_prob > 0}
+        guide = self.sampler(rest[-1].port).guide(groups)
+        prompts = []
+        for job, (segments, _) in zip(jobs, contexts, strict=True):
+            passes = [segments] + [self.planner.prompt(job.sample, job.task, record=job.record, drop=drop)[0] for drop in guide.drops[1:]]
+            prompts.append(Prompt(job.sample.key, passes, sample_generator(self.options.seed, job.sample.key, job.stream)))
+        session = Session(self.model, self.planner, prompts, guide, self.capacity(task, rest))
+        fields: list[dict[str, Any]] = [{} for _ in jobs]
+        everyone = [True] * len(jobs)
+        for place, segment in enumerate(rest):
+            more = place + 1 < len(rest)
+            if segment.role == Role.CONTEXT:
+                self._write_given(session, segment, jobs)
+                continue
+            port = self.recipe.ports[segment.port]
+            sampler = self.sampler(segment.port)
+            if port.content == Content.TOKEN_IDS:
+                assert isinstance(sampler, AutoregressiveConfig)
+                ids, _ = session.write_text(segment, sampler, torch.ones(len(jobs), dtype=torch.bool, device=session.device))
+                for entry, own in zip(fields, ids, strict=True):
+                    entry[segment.fields[0]] = self.travelling.text[port.tokenizer].decode(own).strip()
+                continue
+            content = session.write_picture(segment, sampler, self.grid(segment), everyone, commit=more)
+            for entry, picture in zip(fields, self.decode(port.autoencoder, content), strict=True):
+                entry[segment.field] = picture
+        return fields
+
+    def _write_given(self, session: Session, segment: SegmentSpec, jobs: Sequence[Job]) -> None:
+        """A literal between two things the model writes."""
+        if PLACEHOLDER.search(segment.text) or segment.field:
+            raise RecipeError(f"the task '{jobs[0].task}' gives '{segment.field or segment.text}' after something the model writes")
+        session.write(session.repeat([self.planner.literal(segment)] * len(jobs)))
+
+    def sampler(self, port: str) -> Any:
+        """How a port is sampled: as the recipe says, or greedily for text it says nothing about."""
+        if port in self.recipe.sample:
+            return self.recipe.sample[port]
+        if self.recipe.ports[port].content == Content.TOKEN_IDS:
+            return AutoregressiveConfig(temperature=0.0)
+        raise RecipeError(f"recipe '{self.recipe.name}' does not say how to sample '{port}'", hint=f"add a [sample.{port}] table")
+
+    def capacity(self, task: Task, rest: Sequence[SegmentSpec]) -> int:
+        """Columns of the cache that writing `rest` may take."""
+        columns = 0
+        for segment in rest:
+            port = self.recipe.ports[segment.port]
+            if port.content == Content.TOKEN_IDS:
+                columns += self.sampler(segment.port).max_tokens if segment.role == Role.TARGET else 64
+            else:
+                height, width = self.grid(segment)
+                columns += height * width + 2
+        return columns + 2
+
+    def grid(self, segment: SegmentSpec) -> tuple[int, int]:
+        """Rows and columns of a picture's tokens: what the model was trained on."""
+        grids = self.config.get("grids", {})
+        if segment.port not in grids:
+            raise RecipeError(f"the checkpoint does not say how large the pictures of '{segment.port}' are")
+        height, width = grids[segment.port]
+        return height, width
+
+    def decode(self, name: str, content: Tensor) -> list[np.ndarray]:
+        """Codes or latents → uint8 pictures (H, W, 3)."""
+        if not name:
+            return [to_pixels(picture) for picture in content]
+        autoencoder = self.travelling.autoencoder(name)
+        decode: Callable[[Tensor], Tensor] = autoencoder.decode_codes if autoencoder.codebook_size is not None else autoencoder.decode
+        return [to_pixels(picture) for picture in decode(content)]
+
+
+def open_prompts(spec: str, options: RunOptions) -> Shards:
+    """Prompt shards; of a parent of splits, `val`."""
+    return open_shards(spec, split="val", on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction)
+
+
+def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> list[Sample]:
+    """--prompt and --image as one sample: the text fills whatever text the tasks ask for."""
+    if prompt is None and image is None:
+        raise UsageError("nothing to answer", hint="give PROMPT-SHARDS, or --prompt TEXT, or --image FILE")
+    fields: dict[str, Any] = {}
+    if image is not None:
+        try:
+            with Image.open(image) as picture:
+                fields["image"] = np.asarray(picture.convert("RGB"))
+        except OSError as error:
+            raise DataError(f"{image}: not a picture that can be read ({error})") from None
+    if prompt is not None:
+        for name in writer.asked or writer.recipe.tasks:
+            if name not in writer.recipe.tasks:
+                continue
+            for entry in writer.recipe.tasks[name].segments:
+                inner = entry.segments if isinstance(entry, EachSpec) else (entry,)
+                given = [s for s in inner if writer.recipe.ports[s.port].content == Content.TOKEN_IDS and s.role == Role.CONTEXT]
+                texts = {f: prompt for s in given for f in s.fields}
+                if isinstance(entry, EachSpec):
+                    targets = {f: "" for s in inner if s.role == Role.TARGET for f in s.fields}
+                    fields[entry.each] = [{**texts, **targets}]
+                else:
+                    fields |= texts
+    return [Sample(PROMPT_KEY, fields, "--prompt")]
+
+
+def describe_checkpoint_input(path: str, folder: Path) -> dict[str, Any]:
+    """A checkpoint as an input of a run: what it computes, and the run that made it."""
+    run = folder / "run.json"
+    provenance = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    kept = {key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance}
+    name = open_checkpoint(folder).recipe.name
+    return {"role": "model", "path": path, "recipe": name, "fingerprint": fingerprint(folder), "provenance": kept}
+
+
+def save_pictures(entry: Sample, folder: Path) -> None:
+    """The pictures of one output sample as ordinary files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in entry.fields.items():
+        if name.startswith("sample.") and isinstance(value, np.ndarray) and value.ndim == 3:
+            Image.fromarray(value).save(folder / f"{entry.key}.{name.removeprefix('sample.')}.png")
+        elif name.startswith("sample.") and isinstance(value, str):
+            (folder / f"{entry.key}.{name.removeprefix('sample.')}.txt").write_text(value + "\n", encoding="utf-8")
