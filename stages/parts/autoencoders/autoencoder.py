@@ -87,6 +87,6 @@ class Autoencoder(nn.Module):
         """(b, h, w) codes → (b, 3, H, W) pictures. TypeError if the latents are continuous."""
         raise TypeError(f"'{self.config.kind}' has no codebook")
 
-    def reconstruct(self, images: Tensor, generator: Generator | None = None) -> Reconstruction:
+    def reconstruct(self, images: Tensor, generator: Generator) -> Reconstruction:
         """The pictures as the autoencoder gives them back, with what it has to pay; draws from `generator` only."""
         raise NotImplementedError

@@ -96,7 +96,7 @@ class CNNAutoencoder(Autoencoder):
     def decode_codes(self, codes: Tensor) -> Tensor:
         return self.decoder(self.quantizer.lookup(codes))
 
-    def reconstruct(self, images: Tensor, generator: Generator | None = None) -> Reconstruction:
+    def reconstruct(self, images: Tensor, generator: Generator) -> Reconstruction:
         self.grid(*images.shape[2:])
         quantized = self.quantizer.quantize(self.encoder(images), generator)
         return Reconstruction(self.decoder(quantized.quantized), quantized.losses, quantized.codes)

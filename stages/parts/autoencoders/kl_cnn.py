@@ -76,14 +76,14 @@ class KLAutoencoder(Autoencoder):
     def _decode_unscaled(self, latents: Tensor) -> Tensor:
         return self.decoder(self.from_latents(latents))
 
-    def reconstruct(self, images: Tensor, generator: Generator | None = None) -> Reconstruction:
+    def reconstruct(self, images: Tensor, generator: Generator) -> Reconstruction:
         """Decodes a sample of the posterior. `kl` is summed over the latents of a picture and divided by its 3·H·W numbers.
 
         Published losses sum the pixel errors of a picture and add kl_weight times the summed KL; here pixel errors are averaged, and
         the same division of the KL keeps the published weight's meaning at any picture size.
         """
         mean, log_variance = self.moments(images)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / images.numel()
         return Reconstruction(self._decode_unscaled(mean + (0.5 * log_variance).exp() * noise), {"kl": kl})
 

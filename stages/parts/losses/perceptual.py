@@ -50,12 +50,12 @@ class Laplacian(nn.Module):
         remainder = images - reconstructed  # the pyramid is linear: that of a difference is the difference of the pyramids
         distance = remainder.new_zeros(())
         for _ in range(self.levels):
-            if min(remainder.shape[2:]) < 4:  # nothing left to halve
+            if min(remainder.shape[2:]) < 2:  # nothing left to halve
                 break
             smooth = self._blur(remainder)
             distance = distance + (remainder - smooth).abs().mean()
             remainder = smooth[:, :, ::2, ::2]
         return distance + remainder.abs().mean()
 
-    def _blur(self, images: Tensor) -> Tensor:
-        return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), self.binomial, groups=3)
+    def _blur(self, difference: Tensor) -> Tensor:
+        return F.conv2d(difference, self.binomial, padding=2, groups=3)  # beyond the picture there is no difference

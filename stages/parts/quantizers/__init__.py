@@ -1,10 +1,10 @@
 """Quantizers: continuous latents ↔ codes."""
 
-from stages.parts.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, codebook_use
+from stages.parts.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
 from stages.parts.quantizers.vq import VQConfig
 
 QUANTIZERS: dict[str, type[QuantizerConfig]] = {
     "vq": VQConfig,
 }
 
-__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "QuantizerConfig", "VQConfig", "codebook_use"]
+__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "QuantizerConfig", "VQConfig"]

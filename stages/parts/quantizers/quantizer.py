@@ -5,7 +5,6 @@ Shape letters: b batch · d width of the latents · h w grid · k codebook size.
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Generator, Tensor, nn
 
 from stages.parts.config import PartConfig
@@ -42,13 +41,3 @@ class Quantizer(nn.Module):
     def lookup(self, codes: Tensor) -> Tensor:
         """(b, h, w) codes → (b, d, h, w) latents."""
         raise NotImplementedError
-
-
-def codebook_use(counts: Tensor) -> tuple[float, float]:
-    """Usage, the fraction of codes that occur at all, and perplexity, the exponential of their entropy, from (k,) counts.
-
-    Both depend on how many codes were counted: usage cannot exceed counts.sum() / k, so report that number beside them.
-    """
-    probs = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(probs * probs.clamp(min=torch.finfo(torch.float64).tiny).log()).sum()
-    return float((counts > 0).double().mean()), float(entropy.exp())

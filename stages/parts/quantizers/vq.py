@@ -14,7 +14,6 @@ Everything happens in float32, outside autocast: in bfloat16, 1 to 6 % of the co
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
@@ -97,34 +96,27 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def _follow(self, rows: Tensor, codes: Tensor, chosen: Tensor, generator: Generator | None) -> None:
-        """Update the running counts, an EMA codebook, and codes that have died, from the (n, d) latents of one step.
-
-        With several processes the statistics are summed over all of them and the first one's latents revive codes, so that every
-        process holds the same codebook.
-        """
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        """Update the running counts, an EMA codebook, and codes that have died, from the (n, d) latents of one step."""
+        if not torch.isfinite(rows).all():
+            return  # the step will be refused; the codebook must not have learned from it
         size, decay = self.codebook_size, self.config.decay or USAGE_DECAY
         won = torch.zeros(size, device=rows.device).index_add_(0, codes, torch.ones(len(codes), device=rows.device))
-        if several:
-            dist.all_reduce(won)
         self.counts.lerp_(won, 1 - decay)
         if self.config.decay:
-            total = torch.zeros_like(self.sums).index_add_(0, codes, rows)
-            if several:
-                dist.all_reduce(total)
-            self.sums.lerp_(total, 1 - decay)
+            self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, rows), 1 - decay)
             # a code that wins nothing keeps its place: its sum and its count fade together
             mean = self.sums / self.counts.clamp(min=1e-12).unsqueeze(1)
             self.codebook.copy_(torch.where(self.counts.unsqueeze(1) > 1e-6, mean, self.codebook))
             if self.config.l2_normalize:
                 self.codebook.copy_(F.normalize(self.codebook, dim=-1))
         if self.config.revive:
+            if generator is None:
+                raise ValueError("a codebook that revives dead codes draws them: quantize needs a generator while training")
             fair = won.sum() / size
             dead = (self.counts < self.config.revive * fair).unsqueeze(1)
             badness = (rows - chosen).square().sum(1) + 1e-12
-            seeds = rows.index_select(0, torch.multinomial(badness, size, replacement=True, generator=generator))
-            if several:
-                dist.broadcast(seeds, 0)
+            drawn = torch.multinomial(badness.to(generator.device), size, replacement=True, generator=generator)
+            seeds = rows.index_select(0, drawn.to(rows.device))
             self.codebook.copy_(torch.where(dead, seeds, self.codebook))
             self.counts.copy_(torch.where(dead.squeeze(1), fair, self.counts))
             if self.config.decay:
