@@ -1,5 +1,6 @@
 """Noise schedules, timestep draws and mask schedules against published tables and closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,9 @@ def test_cosine_is_its_table_at_every_entry_and_the_last_beta_is_capped():
     torch.testing.assert_close(alpha**2, alpha_bar, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(("name", "alpha_bar"), [("scaled-linear", 0.0046601), ("ddpm-linear", 4.036e-5), ("cosine", 2.43e-9), ("linear", 0)])
+@pytest.mark.parametrize(
+    ("name", "alpha_bar"), [("scaled-linear", 0.0046601), ("ddpm-linear", 4.036e-5), ("cosine", 2.43e-9), ("linear", 0)]
+)
 def test_signal_left_at_pure_noise(name, alpha_bar):
     alpha, _ = NOISE_SCHEDULES[name](doubles(1.0))
     assert alpha.item() ** 2 == pytest.approx(alpha_bar, rel=2e-3)
@@ -159,7 +162,7 @@ def test_decoding_counts_fall_until_one_is_left_and_end_at_zero(schedule, num_st
     counts = [num_tokens, *hidden_counts(schedule, num_steps, num_tokens)]
     assert len(counts) == num_steps + 1
     assert counts[-1] == 0
-    assert all(after < before or after == before == 1 for before, after in zip(counts, counts[1:], strict=False))
+    assert all(after < before or after == before == 1 for before, after in itertools.pairwise(counts))
 
 
 def test_a_mask_schedule_hides_all_at_first_and_nothing_at_last():

@@ -21,7 +21,10 @@ Renorm = Literal["none", "global", "channel"]
 
 
 def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
-    """uncond + scale · (cond - uncond); exactly `cond` at scale 1 and exactly `uncond` at scale 0."""
+    """uncond + scale · (cond - uncond); exactly `cond` at scale 1 and exactly `uncond` at scale 0.
+
+    Both must be finite: logits are guided first, and ids ruled out with -inf after.
+    """
     return torch.lerp(uncond, cond, scale)
 
 
