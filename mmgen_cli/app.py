@@ -208,7 +208,6 @@ def align(
         print_plan(training_plan(loaded, "align", shards, out), as_json=json)
         return
     from stages.align import align as stage
-
     from stages.hub import resolve
 
     tokenizers = [resolve(spec) for spec in tokenizer or []]
@@ -256,9 +255,8 @@ def train_unified(
     if dry_run:
         print_plan(training_plan(loaded, "train-unified", shards, out), as_json=json)
         return
-    from stages.train_unified import train_unified as stage
-
     from stages.hub import resolve
+    from stages.train_unified import train_unified as stage
 
     tokenizers = [resolve(spec) for spec in tokenizer or []]
     give_checkpoint(

@@ -87,7 +87,8 @@ def importer_flags(importer: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     described = _described_arguments(importer)
     for key, parameter in inspect.signature(importer).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key not in SHARED:
-            flag = "--" + key.replace("_", "-")
+            word = key.replace("_", "-")
+            flag = f"--{word}/--no-{word}" if parameter.default is True else f"--{word}"
             flags[key] = (Annotated[hints[key], typer.Option(flag, help=described.get(key, ""))], parameter.default)
     return flags
 

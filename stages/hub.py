@@ -34,7 +34,7 @@ def parse_address(spec: str) -> Address:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?", spec)
     folder = (match[3] or "") if match else ""
     if match is None or ".." in folder.split("/"):
-        raise UsageError(f"{spec}: expected hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME/FOLDER")
+        raise UsageError(f"{spec}: expected hf://ORG/NAME", hint="a revision or a folder may follow: hf://ORG/NAME@REVISION/FOLDER")
     if match[1].split("/")[0] in ("datasets", "spaces"):
         raise UsageError(f"{spec}: expected a model, found a repository of {match[1].split('/')[0]}", hint="data goes where SHARDS go")
     return Address(match[1], match[2], folder)
@@ -85,13 +85,15 @@ def _api() -> "HfApi":
 @contextmanager
 def _hub_errors(spec: str) -> Iterator[None]:
     """Explains what the Hub's client raises, in a sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError):
         hint = "check the spelling; a private repository needs `hf auth login`"
         raise UsageError(f"{spec}: the Hub has no such repository or revision, or you may not see it", hint=hint) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+    except HFValidationError as error:
+        raise UsageError(f"{spec}: {error}") from None
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:  # HTTPError: the base class of what the client's own HTTP library raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MmgenError(f"{spec}: the Hub did not answer as expected: {reason}", hint="try again, or give a local folder") from None

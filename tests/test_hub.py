@@ -1,0 +1,109 @@
+"""Checkpoints to and from the Hub, with a Hub that is a folder."""
+
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from stages.errors import MmgenError, UsageError
+from stages.hub import Address, parse_address, push, resolve
+
+
+class FolderHub:
+    """The three calls of HfApi that mmgen makes, on a local folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.error: Exception | None = None
+
+    def create_repo(self, repository: str, *, exist_ok: bool) -> None:
+        (self.root / repository).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: Path,
+        path_in_repo: str | None,
+        revision: str | None,
+        ignore_patterns: Sequence[str],
+        commit_message: str,
+    ) -> None:
+        target = self.root / repo_id / (path_in_repo or "")
+        for path in folder_path.rglob("*"):
+            name = path.relative_to(folder_path).as_posix()
+            if path.is_file() and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / name)
+
+    def snapshot_download(
+        self, repository: str, *, revision: str | None, allow_patterns: list[str] | None, ignore_patterns: Sequence[str]
+    ) -> str:
+        if self.error:
+            raise self.error
+        return str(self.root / repository)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> FolderHub:
+    return FolderHub(tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    ("spec", "address"),
+    [
+        ("hf://org/name", Address("org/name")),
+        ("hf://org/name/", Address("org/name")),
+        ("hf://org/na-me.2@v1.0", Address("org/na-me.2", "v1.0")),
+        ("hf://org/name@main/vq/tokenizer", Address("org/name", "main", "vq/tokenizer")),
+    ],
+)
+def test_addresses(spec: str, address: Address) -> None:
+    assert parse_address(spec) == address
+
+
+@pytest.mark.parametrize(
+    "spec", ["hf://name", "org/name", "hf://org/name/../other", "hf://datasets/org/name", "hf://org/na me", "hf://org/name@"]
+)
+def test_what_is_no_address_is_refused(spec: str) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        parse_address(spec)
+
+
+def test_what_is_pushed_comes_back_without_training_state_or_pickles(tmp_path: Path, hub: FolderHub) -> None:
+    checkpoint = tmp_path / "runs" / "vq"
+    names = ["model.safetensors", "config.json", "recipe.toml", "README.md", "tokenizers/bpe-1/tokenizer.json", "metrics.jsonl"]
+    private = ["state/step-00000007/.metadata", "old.pt", "x.pkl", ".mmgen/input/data-000000.tar"]
+    for name in names + private:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text(name)
+    assert push(checkpoint, "hf://me/vq", api=hub) == "https://huggingface.co/me/vq"  # type: ignore[arg-type]
+    local = resolve("hf://me/vq", api=hub)  # type: ignore[arg-type]
+    assert {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()} == set(names)
+
+
+def test_a_folder_inside_a_repository_is_a_checkpoint_too(tmp_path: Path, hub: FolderHub) -> None:
+    (tmp_path / "vq").mkdir()
+    (tmp_path / "vq" / "config.json").write_text("{}")
+    push(tmp_path / "vq", "hf://me/all/vq", api=hub)  # type: ignore[arg-type]
+    assert (resolve("hf://me/all/vq", api=hub) / "config.json").is_file()  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no folder 'bpe'"):
+        resolve("hf://me/all/bpe", api=hub)  # type: ignore[arg-type]
+
+
+def test_a_local_folder_is_itself() -> None:
+    assert resolve("runs/vq") == Path("runs/vq")
+
+
+def test_hub_errors_are_explained(hub: FolderHub) -> None:
+    hub.error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its own constructor wants a response of the HTTP library
+    with pytest.raises(UsageError, match="no such repository") as caught:
+        resolve("hf://me/vq", api=hub)  # type: ignore[arg-type]
+    assert "hf auth login" in caught.value.hint
+    hub.error = ConnectionError("network is unreachable\nsecond line")
+    with pytest.raises(MmgenError, match=r"did not answer as expected: network is unreachable$") as other:
+        resolve("hf://me/vq", api=hub)  # type: ignore[arg-type]
+    assert other.value.exit_code == 1
