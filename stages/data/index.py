@@ -146,8 +146,10 @@ class FieldTable:
 
     def add(self, name: str, form: str, data: bytes) -> None:
         """Take note of a value of field `name`, encoded as `form`. Raises DataError where its header is wrong."""
-        dtype, shape = describe_bytes(form, data)
         known = self.fields.get(name)
+        if known is not None and known.suffix == form and form in ("txt", "json"):
+            return
+        dtype, shape = describe_bytes(form, data)
         if known is None:
             tokenizer, codebook_size = self.tokenizers.get(name), self.codebook_sizes.get(name)
             self.fields[name] = FieldInfo(suffix=form, dtype=dtype, shape=shape, tokenizer=tokenizer, codebook_size=codebook_size)

@@ -21,11 +21,12 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -45,6 +46,7 @@ MAX_JSON_DEPTH = 64
 MAX_KEY_CHARACTERS = 1024
 
 FIELD_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_SIMPLE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # nearly every key: nothing more to ask
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -67,6 +69,8 @@ class Encoded:
 
 def check_key(key: str) -> None:
     """DataError unless `key` can be a sample's key: a name without dots, or one behind folders (`cats/0001`), that is safe as a path."""
+    if isinstance(key, str) and _SIMPLE_KEY.fullmatch(key):
+        return
     if not isinstance(key, str) or not key:
         raise DataError(f"key {key!r}: expected a non-empty string")
     *folders, name = key.split("/")
@@ -271,62 +275,78 @@ def _encode_png(name: str, value: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def image_size(data: bytes) -> tuple[str, int, int]:
-    """("png" | "jpg" | "webp", width, height) as the first bytes declare them: nothing is decoded, no memory taken.
+class _PictureHeader(NamedTuple):
+    """What the first bytes of a picture declare. plain: there is nothing to interpret, such as an EXIF orientation, behind the pixels."""
 
-    The file's own signature counts, not the member's suffix. Raises DataError where the header cannot be read.
-    """
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
-        width, height = struct.unpack(">II", data[16:24])
-        return "png", width, height
+    form: str
+    width: int
+    height: int
+    plain: bool
+
+
+def _picture_header(data: bytes) -> _PictureHeader:
+    """Format and size, with nothing decoded and no memory taken. The file's own signature counts, not the member's suffix."""
     if data[:3] == b"\xff\xd8\xff":
-        return ("jpg", *_jpeg_frame(data)[:2])
+        return _jpeg_header(data)
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+        return _PictureHeader("png", width, height, b"eXIf" not in data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         chunk = data[12:16]
         if chunk == b"VP8X":
-            return "webp", 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+            width, height = int.from_bytes(data[24:27], "little"), int.from_bytes(data[27:30], "little")
+            return _PictureHeader("webp", width + 1, height + 1, False)
         if chunk == b"VP8L":
             bits = int.from_bytes(data[21:25], "little")
-            return "webp", 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+            return _PictureHeader("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, True)
         if chunk == b"VP8 ":
-            width, height = struct.unpack("<HH", data[26:30])
-            return "webp", width & 0x3FFF, height & 0x3FFF
+            width, height = struct.unpack_from("<HH", data, 26)
+            return _PictureHeader("webp", width & 0x3FFF, height & 0x3FFF, True)
     raise DataError(f"not a PNG, JPEG or WebP picture: starts with {bytes(data[:12])!r}")
 
 
-def _jpeg_frame(data: bytes) -> tuple[int, int, bool]:
-    """(width, height, plain) of a JPEG; plain = one or three 8-bit components and no EXIF or Adobe segment to interpret."""
-    plain, at = True, 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            break
+def _jpeg_header(data: bytes) -> _PictureHeader:
+    """From the frame header; plain: one or three 8-bit components, and no EXIF or Adobe segment."""
+    plain, at, last = True, 2, len(data) - 10
+    while at <= last and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker in (0xC0, 0xC1, 0xC2) and at + 10 <= len(data):
-            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
-            return width, height, plain and precision == 8 and components in (1, 3)
-        if marker in (0xD9, 0xDA):
-            break
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+            return _PictureHeader("jpg", width, height, plain and precision == 8 and components in (1, 3))
         if marker in (0xE1, 0xEE):
             plain = False
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        elif marker in (0xD9, 0xDA):  # the end, or pixels, without a frame
+            break
+        # between segments there may be any number of fill bytes 0xFF
+        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8) + data[at + 3]
     raise DataError("JPEG without a baseline or progressive frame header")
+
+
+def image_shape(data: bytes) -> tuple[int, int, int]:
+    """The shape `decode_image` will return, (H, W, 3), without decoding. Raises DataError where the header cannot be read."""
+    form, width, height, plain = _picture_header(data)
+    if not plain:
+        try:
+            with _open_picture(form, data) as picture:
+                if _orientation(picture) >= 5:  # a quarter turn, with or without a mirror
+                    width, height = height, width
+        except _DECODER_ERRORS as error:
+            raise DataError(f"{form} picture of {width} x {height} pixels cannot be opened: {error}") from None
+    return height, width, 3
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """The picture as a viewer shows it: uint8 (H, W, 3), RGB, turned by its EXIF orientation, on white where it is transparent,
     the first frame where it moves. Raises DataError, before decoding where the declared size exceeds MAX_PIXELS."""
-    form, width, height = image_size(data)
+    form, width, height, plain = _picture_header(data)
     if width * height > MAX_PIXELS:
         raise DataError(f"picture of {width:,} x {height:,} pixels, the cap is {MAX_PIXELS:,} pixels")
     try:
-        if form == "jpg" and _jpeg_frame(data)[2]:
-            return _decode_plain_jpeg(data)
+        if form == "jpg" and plain and (decode_jpeg := _fast_jpeg_decoder()):
+            return decode_jpeg(data)
         with _open_picture(form, data) as picture:
             picture.load()
-            return np.array(_as_shown(picture, turned=_may_be_turned(form, data)))
+            return np.array(_as_shown(picture, turned=not plain))
     except _DECODER_ERRORS as error:
         raise DataError(f"{form} picture of {width} x {height} pixels cannot be decoded: {error}") from None
 
@@ -346,24 +366,6 @@ _DECODER_ERRORS = (
 )
 
 
-def image_shape(data: bytes) -> tuple[int, int, int]:
-    """The shape `decode_image` will return, (H, W, 3), without decoding. Raises DataError where the header cannot be read."""
-    form, width, height = image_size(data)
-    if _may_be_turned(form, data):
-        try:
-            with _open_picture(form, data) as picture:
-                if picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # a quarter turn, with or without a mirror
-                    width, height = height, width
-        except _DECODER_ERRORS as error:
-            raise DataError(f"{form} picture of {width} x {height} pixels cannot be opened: {error}") from None
-    return height, width, 3
-
-
-def _may_be_turned(form: str, data: bytes) -> bool:
-    """Whether there can be an EXIF orientation: most pictures have none, and looking it up costs as much as decoding a small one."""
-    return {"png": b"eXIf", "jpg": b"\xff\xe1", "webp": b"EXIF"}[form] in data
-
-
 def _open_picture(form: str, data: bytes) -> Image.Image:
     # by class, because Image.open would offer the bytes to some forty formats that are no part of a shard
     if form == "png":
@@ -371,18 +373,53 @@ def _open_picture(form: str, data: bytes) -> Image.Image:
     return JpegImageFile(io.BytesIO(data)) if form == "jpg" else WebPImageFile(io.BytesIO(data))
 
 
-def _decode_plain_jpeg(data: bytes) -> np.ndarray:
-    """The same pixels as Pillow's (both are libjpeg-turbo) in less than half the time at 64 px."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
+@functools.cache
+def _fast_jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
+    """torchvision's JPEG decoder: Pillow's pixels (both are libjpeg-turbo) in less than half the time at 64 px; None without it.
 
-    pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    return pixels.permute(1, 2, 0).contiguous().numpy()
+    The operator is called directly because its Python wrapper is deprecated and warns at every picture.
+    """
+    try:
+        import torch
+        import torchvision  # noqa: F401  (registers the operator)
+
+        operator = torch.ops.image.decode_jpeg.default
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+
+    def decode_jpeg(data: bytes) -> np.ndarray:
+        pixels = operator(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)  # 3 = RGB
+        return pixels.permute(1, 2, 0).contiguous().numpy()
+
+    return decode_jpeg
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; a viewer shows a picture with a broken EXIF block as it is."""
+    try:
+        orientation = picture.getexif().get(_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+# how a picture of each orientation is brought upright (EXIF 2.3, 4.6.4, tag 0x0112)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _as_shown(picture: Image.Image, *, turned: bool) -> Image.Image:
-    if turned:
-        picture = ImageOps.exif_transpose(picture)
+    if turned and (orientation := _orientation(picture)) != 1:
+        info = picture.info
+        picture = picture.transpose(_UPRIGHT[orientation])
+        picture.info = info  # the colour that means transparent stays with it
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow does for 16-bit RGB; convert() would clip instead

@@ -27,12 +27,27 @@ _KINDS = {
 
 # --- writing ----------------------------------------------------------------------------------------------------------------------
 
-_BEFORE_SIZE = b"0000444\0" + b"0000000\0" * 2  # mode, uid, gid
-_AFTER_SUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)  # regular file, nobody's
+_OWNER = b"0000000\0" * 2  # uid, gid
 _MTIME = b"00000000000\0"
-_FIXED_SUM = sum(_BEFORE_SIZE) + sum(_MTIME) + 8 * ord(" ") + sum(_AFTER_SUM)  # the checksum counts itself as eight spaces
-_PAX_BEFORE_SIZE = b"0000000\0" * 3
-_PAX_AFTER_SUM = b"x" + _AFTER_SUM[1:]
+_AFTER_TYPE = bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)  # no link, no owner's name, no device, no prefix
+_SUM_FIELD = 8 * ord(" ")  # the checksum counts itself as eight spaces
+
+
+class _Template:
+    """The header of one kind of member: what is the same in all of them, around name, size and checksum."""
+
+    def __init__(self, mode: bytes, kind: bytes) -> None:
+        self.before_size, self.after_sum = mode + _OWNER, kind + _AFTER_TYPE
+        self.total = sum(self.before_size) + sum(_MTIME) + _SUM_FIELD + sum(self.after_sum)
+
+    def fill(self, name: bytes, size: int) -> bytes:
+        digits = b"%011o\0" % size
+        checksum = b"%06o\0 " % (self.total + sum(name) + sum(digits))
+        return b"".join((name.ljust(100, b"\0"), self.before_size, digits, _MTIME, checksum, self.after_sum))
+
+
+_FILE = _Template(b"0000444\0", b"0")
+_EXTENDED = _Template(b"0000000\0", b"x")
 _MAX_OCTAL = 8**11 - 1
 
 
@@ -44,21 +59,15 @@ def member_bytes(name: str, data: bytes) -> bytes:
 def member_header(name: str, size: int) -> bytes:
     """The header of a regular file of `size` bytes: one block, or three and more where the name or size needs a pax header."""
     if size <= _MAX_OCTAL and len(name) <= 100 and name.isascii():
-        return _header_block(name.encode("ascii"), size)
+        return _FILE.fill(name.encode("ascii"), size)
     records = b""
     if not name.isascii() or len(name) > 100:
         records += _pax_record("path", name.encode("utf-8"))
     if size > _MAX_OCTAL:
         records += _pax_record("size", b"%d" % size)
         size = 0
-    extended = _header_block(b"././@PaxHeader", len(records), _PAX_BEFORE_SIZE, _PAX_AFTER_SUM)
-    return extended + records + bytes(-len(records) % BLOCK) + _header_block(name.encode("ascii", "replace")[:100], size)
-
-
-def _header_block(name: bytes, size: int, before: bytes = _BEFORE_SIZE, after: bytes = _AFTER_SUM) -> bytes:
-    digits = b"%011o\0" % size
-    total = sum(name) + sum(digits) + (_FIXED_SUM if after is _AFTER_SUM else sum(before) + sum(_MTIME) + 256 + sum(after))
-    return b"".join((name.ljust(100, b"\0"), before, digits, _MTIME, b"%06o\0 " % total, after))
+    extended = _EXTENDED.fill(b"././@PaxHeader", len(records))
+    return extended + records + bytes(-len(records) % BLOCK) + _FILE.fill(name.encode("ascii", "replace")[:100], size)
 
 
 def _pax_record(keyword: str, value: bytes) -> bytes:
@@ -164,12 +173,14 @@ def _check_header(header: bytes) -> tuple[str, int]:
     if stored is None or (stored - 8 * ord(" ") + sum(header[148:156]) + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
         return "header checksum is wrong: not a tar, or damaged from here on", 0
     size = int.from_bytes(header[125:136], "big") if header[124] == 0x80 else _octal(header[124:136])
-    return ("", size) if size is not None else (f"member size {header[124:136]!r} is not a number", 0)
+    return ("", size) if size is not None and size >= 0 else (f"member size {header[124:136]!r} is not a number", 0)
 
 
 def _octal(digits: bytes) -> int | None:
-    digits = digits.strip(b" \0")
-    return int(digits or b"0", 8) if not digits.translate(None, b"01234567") else None
+    try:
+        return int(digits.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
 
 
 def _short_name(header: bytes) -> bytes:

@@ -1,0 +1,225 @@
+"""Is every byte of these shards what it claims to be? Reads all of them, and lists what is wrong instead of stopping at the first.
+
+Checked: every tar whole (header checksums, sizes inside the file, end-of-archive blocks) and equal to the sha256 its index gives; every
+key without dots and unique over the set; members of a sample side by side; the same fields in every sample; every field decodable
+within the caps; numbers finite; codes below the size of their codebook.
+"""
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.data.index import INDEX, META, FieldInfo, FieldTable, ShardEntry, ShardIndex, read_index
+from stages.data.locate import Place, locate, split_folders
+from stages.data.sample import decode_value
+from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_file
+from stages.data.tar_format import walk
+from stages.errors import MmgenError
+
+# findings that mean a tar or a sample cannot be trusted to be complete, so that no index may vouch for it
+_STRUCTURAL = {"damaged", "misplaced", "uneven", "repeated-key", "undecodable", "unreadable"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: where (offset is a byte of the file), of what kind, and in words."""
+
+    path: str
+    offset: int
+    kind: str
+    message: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: byte {self.offset:,}: {self.message} [{self.kind}]"
+
+
+@dataclass
+class Verification:
+    """What `verify` found, and how much it looked at."""
+
+    findings: list[Finding] = field(default_factory=list)
+    samples: int = 0
+    tars: int = 0
+    bytes: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    written: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+    def text(self) -> str:
+        lines = [str(finding) for finding in self.findings]
+        for suffix, count in self.unread.most_common():
+            pickled = " (pickled objects are never loaded)" if suffix in ("pyd", "pickle", "pkl", "pth", "pt") else ""
+            lines.append(f"note: {count} members end in .{suffix}, which mmgen does not read{pickled}")
+        lines += [f"wrote {path}" for path in self.written]
+        result = "all well" if self.ok else f"{len(self.findings)} findings"
+        return "\n".join([*lines, f"{self.samples:,} good samples in {self.tars:,} tars, {self.bytes:,} bytes: {result}"])
+
+
+def verify(spec: str, *, index: bool = False) -> Verification:
+    """Read everything SHARDS holds; of a parent of splits, every split.
+
+    With `index`, a folder in whose tars nothing is wrong gets a new `.mmgen/shardindex.json` from what is really there. Raises nothing:
+    a path that does not exist is a finding too.
+    """
+    result = Verification()
+    try:
+        folders = split_folders(spec)
+        places = [place for part in folders.values() for place in locate(part)] if folders else locate(spec)
+    except MmgenError as error:
+        message = f"{error.message}; {error.hint}" if error.hint else error.message
+        result.findings.append(Finding(spec, 0, "unreadable", message))
+        return result
+    for place in places:
+        _verify_place(place, result, write_index=index)
+    return result
+
+
+def _verify_place(place: Place, result: Verification, *, write_index: bool) -> None:
+    known: ShardIndex | None = None
+    found_before = len(result.findings)
+    try:
+        known = read_index(place.folder)
+    except MmgenError as error:
+        result.findings.append(Finding(str(place.folder / META / INDEX), 0, "index", error.message))
+    paths = list(place.tars) if place.tars is not None else sorted(place.folder.glob("*.tar"))
+    if known is None and (place.folder / META / UNFINISHED).is_dir():
+        result.findings.append(
+            Finding(str(place.folder), 0, "unreadable", "the stage that writes these shards has not finished; run it again")
+        )
+    if not paths:
+        result.findings.append(Finding(str(place.folder), 0, "unreadable", "no tars here"))
+    listed = {entry.name: entry for entry in known.shardlist} if known else {}
+    if place.tars is None:
+        for name in sorted(listed.keys() - {path.name for path in paths}):
+            result.findings.append(Finding(str(place.folder / name), 0, "index", "missing, though the index lists it"))
+
+    expected = frozenset(known.fields) if known and not write_index else None
+    fields = FieldTable(
+        {name: info.tokenizer for name, info in known.fields.items() if info.tokenizer} if known else {},
+        {name: info.codebook_size for name, info in known.fields.items() if info.codebook_size} if known else {},
+    )
+    keys: dict[str, str] = {}
+    entries = []
+    for path in paths:
+        digest = sha256_file(path)
+        if known and not write_index:
+            result.findings += _compare(path, digest, listed.get(path.name))
+        groups, damage, unread = _read_tar(path)
+        result.tars += 1
+        result.bytes += path.stat().st_size
+        result.unread += unread
+        if damage:
+            result.findings.append(Finding(str(path), damage[0], "damaged", damage[1]))
+        if expected is None:
+            sets = Counter(frozenset(group.fields) for group in groups if not group.problem and group.fields)
+            expected = sets.most_common(1)[0][0] if sets else None
+        good = _verify_samples(path, groups, expected or frozenset(), keys, fields, result)
+        result.samples += len(good)
+        if good:
+            size = path.stat().st_size
+            entries.append(
+                ShardEntry(url=f"../{path.name}", nsamples=len(good), bytes=size, sha256=digest, first_key=good[0], last_key=good[-1])
+            )
+    if write_index:
+        _write_index(place, known, entries, fields, result, found_before)
+    elif known:
+        result.findings += _compare_fields(place.folder, known.fields, fields.fields)
+
+
+def _compare(path: Path, digest: str, entry: ShardEntry | None) -> Iterator[Finding]:
+    if entry is None:
+        yield Finding(str(path), 0, "index", "not in the folder's index")
+    elif digest != entry.sha256:
+        yield Finding(str(path), 0, "sha256", f"its sha256 is {digest}, the index says {entry.sha256}")
+
+
+def _read_tar(path: Path) -> tuple[list[SampleMembers], tuple[int, str] | None, Counter[str]]:
+    with path.open("rb") as file:
+        walked = walk(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+    groups, unread = group_members(walked)
+    return groups, walked.damage, unread
+
+
+def _verify_samples(
+    path: Path, groups: list[SampleMembers], expected: frozenset[str], keys: dict[str, str], fields: FieldTable, result: Verification
+) -> list[str]:
+    """The keys of the good samples of a tar."""
+    good = []
+    with path.open("rb") as file:
+        for group in groups:
+            before = len(result.findings)
+            if group.problem is not None:
+                member, offset, reason = group.problem
+                result.findings.append(Finding(str(path), offset, "misplaced", f"{member}: {reason}", group.key))
+            elif group.fields.keys() != expected:
+                has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
+                message = f"{group.key}: has {has}; the other samples have {wants or 'none'}"
+                result.findings.append(Finding(str(path), group.span[0], "uneven", message, group.key))
+            if (first := keys.setdefault(group.key, str(path))) != str(path):
+                result.findings.append(
+                    Finding(str(path), group.span[0], "repeated-key", f"{group.key}: this key is also in {first}", group.key)
+                )
+            for name, (suffix, start, size) in group.fields.items():
+                file.seek(start)
+                problem = _verify_value(name, suffix.rpartition(".")[2].lower(), file.read(size), fields)
+                if problem is not None:
+                    result.findings.append(Finding(str(path), start, problem[0], f"{group.key}.{suffix}: {problem[1]}", group.key))
+            if len(result.findings) == before:
+                good.append(group.key)
+    return good
+
+
+def _verify_value(name: str, form: str, data: bytes, fields: FieldTable) -> tuple[str, str] | None:
+    """(kind, message) of what is wrong with one field of one sample."""
+    try:
+        value = decode_value(form, data)
+        fields.add(name, form, data)
+    except MmgenError as error:
+        return "undecodable", error.message
+    if not isinstance(value, np.ndarray):
+        return None
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        return "non-finite", f"{np.count_nonzero(~np.isfinite(value)):,} of {value.size:,} numbers are not finite"
+    codes = fields.codebook_sizes.get(name)
+    if codes is not None and value.size and not (value.min() >= 0 and value.max() < codes):
+        return "code-range", f"codes from {value.min()} to {value.max()}, the codebook has {codes}"
+    return None
+
+
+def _compare_fields(folder: Path, indexed: dict[str, FieldInfo], found: dict[str, FieldInfo]) -> Iterator[Finding]:
+    where = str(folder / META / INDEX)
+    for name, info in indexed.items():
+        real = found.get(name)
+        if real is not None and (real.dtype, real.shape, real.suffix) != (info.dtype, info.shape, info.suffix):
+            says, is_ = f"{info.dtype} {info.shape} .{info.suffix}", f"{real.dtype} {real.shape} .{real.suffix}"
+            yield Finding(where, 0, "index", f"field '{name}' is listed as {says}, the tars hold {is_}")
+
+
+def _write_index(
+    place: Place, known: ShardIndex | None, entries: list[ShardEntry], fields: FieldTable, result: Verification, found_before: int
+) -> None:
+    wrong = Counter(finding.kind for finding in result.findings[found_before:] if finding.kind in _STRUCTURAL)
+    where = str(place.folder / META / INDEX)
+    if place.tars is not None and {path.name for path in place.folder.glob("*.tar")} != {path.name for path in place.tars}:
+        result.findings.append(
+            Finding(where, 0, "not-written", "an index speaks for all tars of a folder; name the folder, not some of its tars")
+        )
+    elif wrong or not entries:
+        what = ", ".join(f"{count} {kind}" for kind, count in wrong.items()) or "there are no samples"
+        result.findings.append(Finding(where, 0, "not-written", f"no index is written for damaged shards ({what})"))
+    else:
+        base = known or ShardIndex(shardlist=[], fields={})
+        index = base.model_copy(update={"shardlist": entries, "fields": dict(sorted(fields.fields.items()))})
+        result.written.append(str(index.write(place.folder)))
