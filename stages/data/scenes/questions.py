@@ -141,7 +141,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
 def answer_vocabulary(level: int) -> dict[str, tuple[str, ...]]:
     """Question type -> the answers it can have at a level; a blind guess is right once in their number."""
     row: Level = LEVELS[level]
-    attributes = {name: row.values[name] for name in ("colour", "shape", "size", "texture") if name in row.named}
+    attributes: dict[str, tuple[str, ...]] = {
+        name: row.values[name] for name in ("colour", "shape", "size", "texture") if name in row.named
+    }
     yes_no = dict.fromkeys(("existence", "relation", "comparison"), ("yes", "no"))
     return {**yes_no, **attributes, "count": NUMBERS[: row.max_objects + 1], "position": row.places}
 

@@ -46,6 +46,12 @@ class Reading:
     valid: bool
     cells: tuple[CellReading, ...]
 
+    @property
+    def believed(self) -> Scene:
+        """The scene without the objects of cells that are not believable: what to score object by object."""
+        valid = {cell.place for cell in self.cells if cell.valid}
+        return Scene(self.scene.level, tuple(entry for entry in self.scene.objects if entry.place in valid))
+
 
 @dataclass(frozen=True)
 class _State:
