@@ -43,7 +43,7 @@ class _TowerConfig(PartConfig):
     mlp_ratio: float = 4.0
     activation: Activation = "quick-gelu"
     layer: int = -1
-    projection: int | None = Field(None, ge=1)
+    projection: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -90,7 +90,7 @@ class ClipTextConfig(_TowerConfig):
     """CLIP's text tower, for texts of up to `max_length` token ids."""
 
     kind: Literal["clip-text"] = "clip-text"
-    max_length: int = Field(77, ge=1)
+    max_length: int = Field(default=77, ge=1)
 
     def build(self, vocab_size: int) -> "ClipText":
         return ClipText(self, vocab_size)

@@ -31,7 +31,7 @@ class ContrastiveConfig(PartConfig):
     kind: Literal["contrastive"] = "contrastive"
     between: tuple[str, str]
     normalise: Normalise = "softmax"
-    temperature: float | None = Field(None, gt=0)
+    temperature: float | None = Field(default=None, gt=0)
     weight: float = 1.0
 
     def build(self) -> "Contrastive":

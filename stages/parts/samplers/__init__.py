@@ -1,7 +1,7 @@
 """Samplers: how a trained network is turned into samples. One row of the dict per kind; a recipe writes the kind as `sampler`."""
 
-from stages.parts.samplers.denoise import DdimConfig, EulerConfig, HeunConfig
-from stages.parts.samplers.guidance import SamplerConfig
+from stages.parts.samplers.denoise import DdimConfig, DenoiseSamplerConfig, EulerConfig, HeunConfig, sample_denoised
+from stages.parts.samplers.guidance import Guide, SamplerConfig
 from stages.parts.samplers.logits import AutoregressiveConfig
 from stages.parts.samplers.masked import MaskedConfig
 
@@ -13,4 +13,15 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
     "heun": HeunConfig,
 }
 
-__all__ = ["SAMPLERS", "AutoregressiveConfig", "DdimConfig", "EulerConfig", "HeunConfig", "MaskedConfig", "SamplerConfig"]
+__all__ = [
+    "SAMPLERS",
+    "AutoregressiveConfig",
+    "DdimConfig",
+    "DenoiseSamplerConfig",
+    "EulerConfig",
+    "Guide",
+    "HeunConfig",
+    "MaskedConfig",
+    "SamplerConfig",
+    "sample_denoised",
+]

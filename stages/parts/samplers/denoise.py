@@ -31,9 +31,9 @@ Denoiser = Callable[[Tensor, float], Tensor]
 class DenoiseSamplerConfig(SamplerConfig):
     """`timestep_shift`: none is the objective's. `clip`: clean estimates are kept in [-clip, clip], which suits pixels and not latents."""
 
-    num_steps: int = Field(50, ge=1)
-    timestep_shift: float | None = Field(None, gt=0)
-    clip: float | None = Field(None, gt=0)
+    num_steps: int = Field(default=50, ge=1)
+    timestep_shift: float | None = Field(default=None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
 
     def times(self, timestep_shift: float = 1.0) -> Tensor:
         """The grid of times (num_steps + 1,), shifted by the config's own shift or else by the objective's, which is the argument."""
@@ -56,7 +56,7 @@ class DdimConfig(DenoiseSamplerConfig):
     """First order; eta = 0 is deterministic, eta = 1 is ancestral DDPM (arXiv:2010.02502)."""
 
     kind: Literal["ddim"] = "ddim"
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: float = Field(default=0.0, ge=0, le=1)
 
 
 def sample_denoised(

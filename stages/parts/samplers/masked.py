@@ -30,10 +30,10 @@ class MaskedConfig(SamplerConfig):
     """
 
     kind: Literal["masked"] = "masked"
-    num_steps: int = Field(12, ge=1)
+    num_steps: int = Field(default=12, ge=1)
     mask_schedule: str = "cosine"
-    temperature: float = Field(1.0, ge=0)
-    choice_temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
+    choice_temperature: float = Field(default=1.0, ge=0)
     annealing: Annealing = "linear"
 
     @field_validator("mask_schedule")
