@@ -3,7 +3,6 @@
 Nothing heavy is imported here: torch costs two seconds, and `--help` should cost none. Each command imports its stage when it runs.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +105,6 @@ def pretrain_tokenizer(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
-    workers: o.Workers = 0,
     on_bad_sample: o.OnBadSample = "skip",
     max_bad_fraction: o.MaxBadFraction = 0.01,
     push: o.Push = None,
@@ -188,7 +186,6 @@ def align(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
-    workers: o.Workers = 0,
     on_bad_sample: o.OnBadSample = "skip",
     max_bad_fraction: o.MaxBadFraction = 0.01,
     push: o.Push = None,
@@ -236,7 +233,6 @@ def train_unified(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
-    workers: o.Workers = 0,
     on_bad_sample: o.OnBadSample = "skip",
     max_bad_fraction: o.MaxBadFraction = 0.01,
     push: o.Push = None,
@@ -285,8 +281,6 @@ def sample(
     limit: o.Limit = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    workers: o.Workers = 0,
     on_bad_sample: o.OnBadSample = "skip",
     max_bad_fraction: o.MaxBadFraction = 0.01,
     overwrite: o.Overwrite = False,
@@ -341,7 +335,6 @@ def evaluate(
     limit: o.Limit = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -414,25 +407,19 @@ def inspect(
     json: o.Json = False,
 ) -> None:
     """Show what is in these shards or this checkpoint, in one screen."""
-    from stages.data.inspect import describe, render
+    from stages.hub import is_model, resolve
+    from stages.inspect_path import describe
 
-    description = describe(path, key)
-    print_json(description) if json else print(render(description))
+    description = describe(str(resolve(path)) if is_model(path) else path, key)
+    print_json(description.data) if json else print(description.text)
 
 
 @app.command("verify", **_told("Check shards: every tar, every key, every field.", "mmgen verify data/train"))
 def verify(shards: o.Shards, index: o.Index = False, json: o.Json = False) -> None:
     """Check that every tar is whole, every key unique and every field well-formed; exit code 3 if not."""
-    check_stdin(shards)
-    from stages.data.verify import verify as stage
+    from stages.verify import verify as stage
 
-    findings = stage(shards, index=index)
-    if json:
-        print_json({"shards": shards, "status": "failed" if findings else "done", "findings": [asdict(finding) for finding in findings]})
-    else:
-        for finding in findings:
-            print(finding)
-        if not findings:
-            print(f"{shards}: whole and well-formed")
-    if findings:
+    result = stage(shards, index=index)
+    print_json({"shards": shards, **result.to_dict()}) if json else print(result.text())
+    if not result.ok:
         raise typer.Exit(DataError.exit_code)

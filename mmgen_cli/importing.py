@@ -17,11 +17,10 @@ from mmgen_cli import options
 from mmgen_cli.door import PlainCommand, PlainGroup, give, run_options, stdout_for
 from mmgen_cli.plan import import_plan, print_plan
 
-SHARED: dict[str, tuple[Any, Any]] = {  # what every importer takes: option and default
+SHARED: dict[str, tuple[Any, Any]] = {  # what every importer takes (--seed if it draws anything): option and default
     "out": (options.OutOrPipe, inspect.Parameter.empty),
     "seed": (options.Seed, 0),
     "limit": (options.Limit, None),
-    "workers": (options.Workers, 0),
     "on_bad_sample": (options.OnBadSample, "skip"),
     "max_bad_fraction": (options.MaxBadFraction, 0.01),
     "overwrite": (options.Overwrite, False),
@@ -71,7 +70,8 @@ def importer_command(name: str, importer: Callable[..., Any]) -> Any:
         help_text = "Where the raw data is: a folder, a file, a URL."
         kind = Annotated[str if needed else str | None, typer.Argument(metavar="SOURCE", help=help_text)]  # type: ignore[valid-type]
         parameters.append(_parameter("source", kind, inspect.Parameter.empty if needed else None))
-    parameters += [_parameter(key, annotation, default) for key, (annotation, default) in {**own, **SHARED}.items()]
+    shared = {key: option for key, option in SHARED.items() if key != "seed" or key in inspect.signature(importer).parameters}
+    parameters += [_parameter(key, annotation, default) for key, (annotation, default) in {**own, **shared}.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 

@@ -24,7 +24,7 @@ Shards = Annotated[
     str, typer.Argument(metavar="SHARDS", help="A folder, a brace pattern, a URL, hf://datasets/..., several joined by ::, or - for stdin.")
 ]
 OptionalShards = Annotated[
-    str | None, typer.Argument(metavar="SHARDS", help="The prompts and their truth, when the target is a checkpoint.")
+    str | None, typer.Argument(metavar="SHARDS", help="Of a checkpoint: the prompts and their truth. Of samples: the truth they lack.")
 ]
 Out = Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The folder to write. The same command again resumes it.")]
 OutOrPipe = Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or - to stream a tar to stdout.")]
@@ -110,7 +110,7 @@ Draw = Annotated[
     Path | None, typer.Option("--draw", metavar="FILE", help="Draw the recipe as SVG: sequence, mask, experts, what is frozen.")
 ]
 Key = Annotated[str | None, typer.Option("--key", metavar="KEY", help="Show this sample in full.")]
-Index = Annotated[bool, typer.Option("--index", help="Also write the missing .mmgen/shardindex.json.")]
+Index = Annotated[bool, typer.Option("--index", help="Also write .mmgen/shardindex.json anew, where nothing is wrong.")]
 
 
 def pairs(values: Sequence[str] | None, flag: str) -> dict[str, str]:

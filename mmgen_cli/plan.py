@@ -93,7 +93,7 @@ def _folder(out: str) -> str:
     if not status:
         return "holds something that is not a run of mmgen: the command would refuse"
     where = f" at step {status['step']}" if status.get("step") else ""
-    return f"holds a {status['stage']} run, {status['state']}{where}: the same run continues, another one is refused"
+    return f"holds a run of {status['stage']}, {status['state']}{where}: the same run continues, another one is refused"
 
 
 def _input(spec: str) -> Plan | str:
@@ -102,10 +102,8 @@ def _input(spec: str) -> Plan | str:
         return "a tar on stdin"
     from stages.data.shards import open_shards, split_folders
 
-    return {
-        split or "samples": {"count": len(shards), "fields": ", ".join(shards.fields)}
-        for split, shards in ((split, open_shards(spec, split=split)) for split in split_folders(spec) or [None])
-    }
+    splits = [(split or "all", open_shards(spec, split=split)) for split in split_folders(spec) or [None]]
+    return {split: {"samples": len(shards), "fields": ", ".join(sorted(shards.fields))} for split, shards in splits}
 
 
 def _checkpoint(folder: Path) -> Plan:

@@ -40,6 +40,11 @@ def parse_address(spec: str) -> Address:
     return Address(match[1], match[2], folder)
 
 
+def is_model(spec: str) -> bool:
+    """Whether this names a model repository, and not data or a path."""
+    return spec.startswith(SCHEME) and not spec.startswith((SCHEME + "datasets/", SCHEME + "spaces/"))
+
+
 def resolve(spec: str | Path, *, api: "HfApi | None" = None) -> Path:
     """The local folder of a checkpoint: itself, or for `hf://...` the downloaded copy (kept in the Hub's own cache).
 

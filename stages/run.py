@@ -44,7 +44,7 @@ State = Literal["running", "done", "stopped", "preempted", "failed"]
 
 RUN_FILES = r"(run|status)\.json|(metrics|bad_samples|bad_batches)\.jsonl"
 CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer|tokenizer_config)\.json|recipe\.toml|state|tokenizers"
-RESULT_FILES = r"results\.json"
+RESULTS = {"eval": r"results\.json|samples|controls", "sample": "files"}  # stage → what else it writes in the open
 SHARD_FILES = r".+-\d{6,}\.tar"
 UNFINISHED_FILES = r"\..+\.\d+\.tmp"  # what a kill leaves of a file being written, see stages/files.py
 SPOOL = "input"  # .mmgen/input: what a stage read from stdin before its run began
@@ -322,7 +322,8 @@ def _written_files(out: Path) -> Iterator[Path]:
     readme = out / "README.md"
     if readme.is_file() and record.get("readme") == _sha256(readme):
         yield readme
-    named = re.compile(f"{RUN_FILES}|{CHECKPOINT_FILES}|{RESULT_FILES}" if (out / "run.json").exists() else RESULT_FILES)
+    patterns = [RUN_FILES, CHECKPOINT_FILES] if (out / "run.json").exists() else []
+    named = re.compile("|".join([*patterns, RESULTS.get(record.get("stage", ""), r"(?!)")]))
     yield from (path for path in out.iterdir() if named.fullmatch(path.name))
     for folder in [out, *(path for path in out.iterdir() if _is_split(path))]:
         index = _read_json(folder / ".mmgen" / "shardindex.json")

@@ -274,6 +274,21 @@ def test_overwrite_deletes_the_tars_of_every_split_and_nothing_else(tmp_path: Pa
         assert not (tmp_path / "train").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "kind", "written"),
+    [("eval", "checkpoint", ["results.json", "samples/a.tar", "controls/untrained/a.tar"]), ("sample", "shards", ["files/000-cat.png"])],
+)
+def test_overwrite_deletes_what_a_stage_writes_beside_shards_and_weights(
+    tmp_path: Path, stage: str, kind: Literal["shards", "checkpoint"], written: list[str]
+) -> None:
+    for overwrite in (False, True):
+        with Run(tmp_path, stage=stage, options=RunOptions(quiet=True, overwrite=overwrite), kind=kind):
+            assert not any((tmp_path / name).exists() for name in written)
+            for name in [*written, "keep/me.txt"]:
+                make(tmp_path / name)
+    assert (tmp_path / "keep" / "me.txt").exists()
+
+
 def test_overwrite_keeps_a_readme_that_was_edited(tmp_path: Path) -> None:
     with open_run(tmp_path):
         make(tmp_path / "README.md")

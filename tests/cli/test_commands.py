@@ -26,7 +26,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_gets_recipe_shards_out_and_every_option(invoke: Invoke, stages: dict[str, Any]) -> None:
     typed = """train-unified codes --recipe show-o --size tiny --set phases.joint.steps=9 --init backbones.lm=runs/lm --init ports.see=hf://a/b
-        --tokenizer runs/vq --val held --out runs/x --seed 3 --device cpu --dtype fp32 --limit 40 --max-steps 8 --max-minutes 1.5 --workers 2
+        --tokenizer runs/vq --val held --out runs/x --seed 3 --device cpu --dtype fp32 --limit 40 --max-steps 8 --max-minutes 1.5
         --on-bad-sample fail --max-bad-fraction 0.2 --overwrite --quiet"""
     answer = invoke(*typed.split())
     assert (answer.exit_code, answer.stdout) == (0, "runs/x\n")
@@ -40,7 +40,6 @@ def test_training_gets_recipe_shards_out_and_every_option(invoke: Invoke, stages
         limit=40,
         max_steps=8,
         max_minutes=1.5,
-        workers=2,
         overwrite=True,
         on_bad_sample="fail",
         max_bad_fraction=0.2,
