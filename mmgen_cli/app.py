@@ -142,8 +142,6 @@ def tokenize(
     check: o.Check = 0,
     limit: o.Limit = None,
     device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    workers: o.Workers = 0,
     on_bad_sample: o.OnBadSample = "skip",
     max_bad_fraction: o.MaxBadFraction = 0.01,
     overwrite: o.Overwrite = False,

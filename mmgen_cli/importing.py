@@ -28,6 +28,7 @@ SHARED: dict[str, tuple[Any, Any]] = {  # what every importer takes (--seed if i
     "json": (options.Json, False),
     "quiet": (options.Quiet, False),
 }
+METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", list[str]: "TEXT", list[str] | None: "TEXT", str | None: "TEXT"}
 
 
 class ImportGroup(PlainGroup):
@@ -89,7 +90,8 @@ def importer_flags(importer: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key not in SHARED:
             word = key.replace("_", "-")
             flag = f"--{word}/--no-{word}" if parameter.default is True else f"--{word}"
-            flags[key] = (Annotated[hints[key], typer.Option(flag, help=described.get(key, ""))], parameter.default)
+            option = typer.Option(flag, help=described.get(key, ""), metavar=METAVARS.get(hints[key]))
+            flags[key] = (Annotated[hints[key], option], parameter.default)
     return flags
 
 

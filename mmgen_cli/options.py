@@ -69,7 +69,6 @@ MaxSteps = Annotated[
 MaxMinutes = Annotated[
     float | None, typer.Option("--max-minutes", metavar="MINUTES", min=0.0, help="Stop after so many minutes; the same command continues.")
 ]
-Workers = Annotated[int, typer.Option("--workers", metavar="N", min=0, help="Processes beside this one. The result does not depend on it.")]
 OnBadSample = Annotated[
     Literal["fail", "skip", "quarantine"], typer.Option("--on-bad-sample", help="What to do with a sample that cannot be read.")
 ]

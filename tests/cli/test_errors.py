@@ -47,7 +47,7 @@ def test_a_flag_like_no_other_points_to_the_help(invoke: Invoke) -> None:
         (("tokenize",), "missing argument 'SHARDS'"),
         (("tokenize", "data", "--tokenizer", "x"), "missing option '--out'"),
         ((*TOKENIZE, "--limit", "0"), "invalid value for '--limit'"),
-        ((*TOKENIZE, "--dtype", "fp8"), "invalid value for '--dtype'"),
+        ((*TOKENIZE, "--on-bad-sample", "keep"), "invalid value for '--on-bad-sample'"),
         ((*TOKENIZE, "surplus"), "got unexpected extra argument"),
         (("sample", "runs/x", "--out", "y"), "sample needs prompts"),
         (("sample", "runs/x", "data", "--prompt", "a cat", "--out", "y"), "sample needs prompts"),

@@ -59,7 +59,7 @@ def test_an_importers_help_shows_its_flags_and_the_shared_ones(invoke: Invoke) -
         "Usage: mmgen import birds SOURCE --out DIR [OPTIONS] Import birds. Every sample has an `image` and a `caption`. Arguments:"
     )
     assert "--colour <red|blue> which birds [default: red]" in page
-    assert "--wing-span <float> the least span in metres; smaller birds are left out [default: 0.5]" in page
+    assert "--wing-span NUMBER the least span in metres; smaller birds are left out [default: 0.5]" in page
     assert "--extinct dodos as well" in page
     assert "--resize / --no-resize to the size of a sparrow [default: resize]" in page
     assert page.count("--seed") == 1
