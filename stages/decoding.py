@@ -18,7 +18,7 @@ from stages.model import Model
 from stages.parts.backbones import KeyValueCache
 from stages.parts.layers import unpatchify
 from stages.parts.samplers import AutoregressiveConfig, DenoiseSamplerConfig, Guide, MaskedConfig, SamplerConfig, sample_denoised
-from stages.parts.samplers.noise import sample_normals, sample_uniforms
+from stages.parts.samplers.noise import sample_generator, sample_normals, sample_uniforms
 from stages.parts.schedules import NOISE_SCHEDULES
 from stages.recipe import SegmentSpec
 from stages.sequence.pack import Cursor, continue_rows
@@ -30,19 +30,19 @@ UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode st
 
 @dataclass
 class Prompt:
-    """One sample to be written: its key decides its random numbers, `passes` are its contexts, one for each guidance pass."""
+    """One sample to be written: `passes` are its contexts, one for each guidance pass; its key and stream decide its random numbers."""
 
     key: str
+    stream: str
     passes: list[list[Segment]]
-    generator: Generator
 
 
 class Session:
     """A batch of prompts being continued. Rows are pass-major: row p · b + i is pass p of sample i."""
 
-    def __init__(self, model: Model, planner: Planner, prompts: Sequence[Prompt], guide: Guide, capacity: int) -> None:
-        self.model, self.planner, self.guide = model, planner, guide
-        self.generators = [prompt.generator for prompt in prompts]
+    def __init__(self, model: Model, planner: Planner, prompts: Sequence[Prompt], guide: Guide, capacity: int, seed: int) -> None:
+        self.model, self.planner, self.guide, self.prompts, self.seed = model, planner, guide, prompts, seed
+        self.num_written = 0
         self.b, self.passes = len(prompts), len(guide.drops)
         self.device = next(model.parameters()).device
         rows = [prompts[i].passes[p] for p in range(self.passes) for i in range(self.b)]
@@ -73,6 +73,11 @@ class Session:
         """One list a sample → one list a row: every guidance pass is given the same."""
         return list(rows) * self.passes
 
+    def generators(self) -> list[Generator]:
+        """Fresh random numbers for the next thing to be written, one stream a sample: no sample's depend on how long others were."""
+        self.num_written += 1
+        return [sample_generator(self.seed, prompt.key, prompt.stream, self.num_written) for prompt in self.prompts]
+
     def guided(self, output: Tensor, t: float | None = None) -> Tensor:
         """(passes · b, ...) predictions → (b, ...) guided ones."""
         return self.guide.combine(output.chunk(self.passes)[: len(self.guide.passes(t))])
@@ -98,10 +103,11 @@ class Session:
         alive = active.clone()
         ended = torch.full((self.b,), -1, dtype=torch.int64, device=self.device)
         uniforms = torch.empty(self.b, 0, device=self.device)
+        generators = self.generators()
         steps = torch.zeros_like(index)
         for place in range(sampler.max_tokens):
             if place % UNIFORMS == 0:
-                uniforms = sample_uniforms(self.generators, (UNIFORMS,), device=self.device)
+                uniforms = sample_uniforms(generators, (UNIFORMS,), device=self.device)
             logits = self.guided(self.model.predict(spec.port, self.last))
             ids = sampler.choose(logits, uniforms[:, place % UNIFORMS])
             written.append(torch.where(alive, ids, -1))
@@ -179,7 +185,7 @@ class Session:
     def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """One code after another, each drawn from the port's own ids only."""
         rows_on = torch.tensor(list(active), device=self.device).repeat(self.passes)
-        uniforms = sample_uniforms(self.generators, (length,), device=self.device)
+        uniforms = sample_uniforms(self.generators(), (length,), device=self.device)
         codes: list[Tensor] = []
         for place in range(length):
             logits = self.guided(self.model.predict(name, self.last))
@@ -200,21 +206,22 @@ class Session:
             output = self._run_block(name, batch, self._rows_of(values, active), None)
             return self._per_sample(self.guided(output.reshape(-1, length, output.shape[-1])), active)
 
-        return sampler.sample(predict, length, self.generators, device=self.device)
+        return sampler.sample(predict, length, self.generators(), device=self.device)
 
     def _latents(self, name: str, sampler: DenoiseSamplerConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """Denoising: only the block runs, the prefix is read from the cache."""
         objective: Any = self.model.recipe.ports[name].objective
         channels = batch.ports[name].values.shape[1]
-        noise = sample_normals(self.generators, (length, channels), like=self.last)
+        generators = self.generators()
+        noise = sample_normals(generators, (length, channels), like=self.last)
 
         def denoise(noisy: Tensor, t: float) -> Tensor:
             output = self._run_block(name, batch, self._rows_of(noisy, active), t)
-            return self._per_sample(self.guided(output.reshape(-1, length, channels)), active)
+            return self._per_sample(self.guided(output.reshape(-1, length, channels), t), active)
 
         schedule = NOISE_SCHEDULES[objective.schedule]
         return sample_denoised(
-            sampler, denoise, noise, schedule, objective.predict, timestep_shift=objective.timestep_shift, generators=self.generators
+            sampler, denoise, noise, schedule, objective.predict, timestep_shift=objective.timestep_shift, generators=generators
         )
 
     def _rows_of(self, values: Tensor, active: Sequence[bool]) -> Tensor:

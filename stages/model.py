@@ -101,7 +101,8 @@ class Model(nn.Module):
     def content_dim(self, port: Port) -> int:
         """Channels of one token of a port's content, before its connector."""
         if port.encoder:
-            return self.encoders[port.encoder].out_dim  # type: ignore[return-value]
+            encoder: Any = self.encoders[port.encoder]
+            return encoder.pooled_dim if port.select == "pooled" else encoder.out_dim
         channels = self.recipe.autoencoders[port.autoencoder].latent_channels if port.autoencoder else 3
         return channels * port.patch_size**2
 

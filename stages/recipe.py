@@ -441,6 +441,13 @@ def _check(recipe: Recipe) -> None:
             _known(port.expert, experts, f"{here}.expert")
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
+        if (
+            port.objective is not None
+            and port.objective.kind == "denoise"
+            and (port.objective.schedule, port.objective.predict) == ("linear", "noise")
+        ):
+            message = f"{here}.objective: on the linear path, predicted noise says nothing about the picture at t = 1"
+            raise RecipeError(message, hint='predict = "velocity", or schedule = "cosine"')
         needed = {Content.TOKEN_IDS: "tokenizer", Content.CODES: "autoencoder"}.get(port.content)
         if needed and not getattr(port, needed):
             raise RecipeError(f'{here}.{needed}: content "{port.content}" needs one')

@@ -24,7 +24,6 @@ from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.hub import resolve
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
-from stages.parts.samplers.noise import sample_generator
 from stages.parts.views.square import to_pixels
 from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
 from stages.run import Run
@@ -87,7 +86,9 @@ def sample(
     }
     inputs = [describe_checkpoint_input(str(model), folder)]
     inputs += [{"path": prompts, "fingerprint": source.fingerprint, "provenance": source.provenance}] if isinstance(source, Shards) else []
-    with Run(out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs) as run:
+    with Run(
+        out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs
+    ) as run:
         if run.complete:
             return Path(out)
         count = min(len(source), options.limit or len(source))
@@ -118,7 +119,14 @@ class Writer:
     """A loaded checkpoint that can be asked things: its model, its tokenizers, its planner, and how each port is sampled."""
 
     def __init__(
-        self, folder: Path, device: str, options: RunOptions, tasks: Sequence[str] = (), sets: Sequence[str] = (), *, untrained: bool = False
+        self,
+        folder: Path,
+        device: str,
+        options: RunOptions,
+        tasks: Sequence[str] = (),
+        sets: Sequence[str] = (),
+        *,
+        untrained: bool = False,
     ) -> None:
         for assignment in sets:
             if not assignment.startswith("sample."):
@@ -222,8 +230,8 @@ class Writer:
         prompts = []
         for job, (segments, _) in zip(jobs, contexts, strict=True):
             passes = [segments] + [self.planner.prompt(job.sample, job.task, record=job.record, drop=drop)[0] for drop in guide.drops[1:]]
-            prompts.append(Prompt(job.sample.key, passes, sample_generator(self.options.seed, job.sample.key, job.stream)))
-        session = Session(self.model, self.planner, prompts, guide, self.capacity(task, rest))
+            prompts.append(Prompt(job.sample.key, job.stream, passes))
+        session = Session(self.model, self.planner, prompts, guide, self.capacity(task, rest), self.options.seed)
         fields: list[dict[str, Any]] = [{} for _ in jobs]
         everyone = [True] * len(jobs)
         for place, segment in enumerate(rest):
@@ -323,7 +331,9 @@ def describe_checkpoint_input(path: str, folder: Path) -> dict[str, Any]:
     """A checkpoint as an input of a run: what it computes, and the run that made it."""
     run = folder / "run.json"
     provenance = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
-    kept = {key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance}
+    kept = {
+        key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance
+    }
     name = open_checkpoint(folder).recipe.name
     return {"role": "model", "path": path, "recipe": name, "fingerprint": fingerprint(folder), "provenance": kept}
 

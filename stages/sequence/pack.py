@@ -1,4 +1,8 @@
-"""Sequences → a Batch: several samples laid end to end in rows of one table, so that no compute goes into padding."""
+"""Sequences → a Batch: several samples laid end to end in rows of one table, so that no compute goes into padding.
+
+Segments are placed one by one in plain Python (which row, which block, which tick), then all tokens are written at once: every
+column of the table is a per-segment value repeated over the segment's tokens.
+"""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
@@ -7,47 +11,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.sequence.positions import positions_of
+from stages.sequence.positions import clocks_of, offsets_of
 from stages.sequence.segment import Batch, Layout, MaskKind, PortRows, Role, Segment, Sequence
+
+SHARED_ROW = 128  # short samples share rows of this length: attention still costs little beside the matrix products
 
 
 def pack(sequences: Iterable[Sequence], row_length: int | None = None) -> Batch:
     """Lay sequences out in as few rows as first-fit-decreasing finds.
 
-    row_length: tokens a row; without one, the longest sequence decides, and short sequences share rows of at least 128, where
-    attention still costs little beside the matrix products. Raises ValueError for a sequence longer than `row_length` and for
-    merged segments that disagree on their mask.
+    row_length: tokens a row; without one, the longest sequence decides, and short ones share rows. Raises ValueError for a sequence
+    longer than `row_length` and for merged segments that disagree on their mask.
     """
     listed = list(sequences)
-    longest = max((len(sequence) for sequence in listed), default=0)
-    length = row_length or max(longest, min(128, sum(len(sequence) for sequence in listed)))
+    sizes = [len(sequence) for sequence in listed]
+    longest = max(sizes, default=0)
+    length = row_length or max(longest, min(SHARED_ROW, sum(sizes)))
     if longest > length:
         raise ValueError(f"a sequence of {longest} tokens does not fit a row of {length}")
-    rows = _first_fit(listed, length)
-    width = row_length or max((sum(len(listed[i]) for i in row) for row in rows), default=0)
-
-    table = _empty_layout(len(rows), width)
-    owned: dict[str, list[_Placed]] = {}
+    rows = _first_fit(sizes, length)
+    width = row_length or max((sum(sizes[i] for i in row) for row in rows), default=0)
+    placed: list[_Placed] = []
     for row, members in enumerate(rows):
-        column = 0
+        start = row * width
         for number in members:
-            sequence = listed[number]
-            for placed in _place(sequence, number, row * width + column):
-                owned.setdefault(placed.segment.port, []).append(placed)
-                if placed.segment.in_table:
-                    placed.write(table, row, row * width)
-            column += len(sequence)
-    for number, sequence in enumerate(listed):  # objectives-only segments of sequences that own no row
-        if len(sequence) == 0 and not any(number in members for members in rows):
-            for placed in _place(sequence, number, 0):
-                owned.setdefault(placed.segment.port, []).append(placed)
-    ports = {name: _gather(sorted(placed, key=lambda p: (p.start, p.number))) for name, placed in owned.items()}
-    return Batch(table, ports, tuple(s.key for s in listed), tuple(s.task for s in listed))
-
-
-def lay_out(segments: Listing[Segment]) -> Layout:
-    """The one-row layout (1, l) of a single sample's segments."""
-    return pack([Sequence(key="", task="", segments=tuple(segments))]).layout
+            placed += _place(listed[number], number, start, Cursor())
+            start += sizes[number]
+    for number, sequence in enumerate(listed):
+        if not sizes[number]:  # read by objectives only: owns no row
+            placed += _place(sequence, number, 0, Cursor())
+    return _batch(placed, (len(rows), width), tuple(s.key for s in listed), tuple(s.task for s in listed))
 
 
 @dataclass
@@ -61,116 +54,143 @@ class Cursor:
 
 def continue_rows(rows: Listing[Listing[Segment]], cursors: Listing[Cursor]) -> tuple[Batch, list[Cursor]]:
     """One sample a row, each going on from its cursor; shorter rows are padded on the right. Returns the moved cursors too."""
-    width = max((sum(len(segment) for segment in segments) for segments in rows), default=0)
-    table = _empty_layout(len(rows), width)
-    owned: dict[str, list[_Placed]] = {}
+    sizes = [sum(len(segment) for segment in segments) for segments in rows]
+    width = max(sizes, default=0)
+    placed: list[_Placed] = []
     moved: list[Cursor] = []
     for row, (segments, cursor) in enumerate(zip(rows, cursors, strict=True)):
-        sequence = Sequence(key="", task="", segments=tuple(segments))
-        placed = list(_place(sequence, row, row * width, cursor.block, cursor.clock))
-        for entry in placed:
-            owned.setdefault(entry.segment.port, []).append(entry)
-            entry.write(table, row, row * width, cursor.index)
-        clock = positions_of(segments, cursor.clock)[1]
-        moved.append(Cursor(cursor.index + len(sequence), placed[-1].block if placed else cursor.block, clock))
-    ports = {name: _gather(placed) for name, placed in owned.items()}
-    return Batch(table, ports, ("",) * len(rows), ("",) * len(rows)), moved
+        own = _place(Sequence(key="", task="", segments=tuple(segments)), row, row * width, cursor)
+        placed += own
+        moved.append(Cursor(cursor.index + sizes[row], own[-1].block if own else cursor.block, clocks_of(segments, cursor.clock)[1]))
+    return _batch(placed, (len(rows), width), ("",) * len(rows), ("",) * len(rows)), moved
 
 
-def _first_fit(sequences: list[Sequence], length: int) -> list[list[int]]:
-    order = sorted((i for i, s in enumerate(sequences) if len(s) > 0), key=lambda i: (-len(sequences[i]), i))
+def lay_out(segments: Listing[Segment]) -> Layout:
+    """The one-row layout (1, l) of a single sample's segments."""
+    return continue_rows([segments], [Cursor()])[0].layout
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A segment at its place: which sample, the flat index of its first token and of its sample's, its index, block and clock."""
+
+    segment: Segment
+    number: int
+    first: int
+    start: int
+    index: int
+    block: int
+    clock: int
+
+
+def _first_fit(sizes: list[int], length: int) -> list[list[int]]:
+    order = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: (-sizes[i], i))
     rows: list[list[int]] = []
     room: list[int] = []
     for number in order:
-        need = len(sequences[number])
-        place = next((row for row, left in enumerate(room) if left >= need), None)
+        place = next((row for row, left in enumerate(room) if left >= sizes[number]), None)
         if place is None:
+            place = len(rows)
             rows.append([])
             room.append(length)
-            place = len(rows) - 1
         rows[place].append(number)
-        room[place] -= need
+        room[place] -= sizes[number]
     return rows
 
 
-def _empty_layout(b: int, length: int) -> Layout:
-    ints = torch.full((b, length), -1, dtype=torch.int64)
-    return Layout(
-        sample_id=ints.clone(),
-        block_id=ints.clone(),
-        index=torch.arange(length).expand(b, length).clone(),  # padding rows need an index of their own to see themselves
-        full=torch.zeros((b, length), dtype=torch.bool),
-        isolated=torch.zeros((b, length), dtype=torch.bool),
-        positions=torch.zeros((b, length, 3), dtype=torch.int64),
-        expert_id=torch.zeros((b, length), dtype=torch.int64),
-    )
-
-
-class _Placed:
-    """A segment at its place: flat index of its first token, of the sample's first token, block and clock."""
-
-    def __init__(self, segment: Segment, number: int, first: int, start: int, block: int, positions: Tensor) -> None:
-        self.segment, self.number, self.first, self.start, self.block, self.positions = segment, number, first, start, block, positions
-
-    def write(self, table: Layout, row: int, row_start: int, index_start: int = 0) -> None:
-        span = slice(self.start - row_start, self.start - row_start + len(self.segment))
-        table.sample_id[row, span] = self.number
-        table.block_id[row, span] = self.block
-        place = index_start + self.start - self.first
-        table.index[row, span] = torch.arange(place, place + len(self.segment))
-        table.full[row, span] = self.segment.mask != MaskKind.CAUSAL
-        table.isolated[row, span] = self.segment.mask == MaskKind.ISOLATED
-        table.positions[row, span] = self.positions
-        table.expert_id[row, span] = self.segment.expert
-
-
-def _place(sequence: Sequence, number: int, first: int, block: int = -1, clock: int = 0) -> Iterable[_Placed]:
-    in_table = [segment for segment in sequence.segments if segment.in_table]
-    positions, _ = positions_of(in_table, clock)
-    place, start = 0, first
-    previous: Segment | None = None
+def _place(sequence: Sequence, number: int, first: int, cursor: Cursor) -> list[_Placed]:
+    clocks = iter(clocks_of([segment for segment in sequence.segments if segment.in_table], cursor.clock)[0])
+    placed: list[_Placed] = []
+    start, block, previous = first, cursor.block, None
     for segment in sequence.segments:
         if not segment.in_table:
-            yield _Placed(segment, number, first, start, -1, torch.zeros((len(segment), 3), dtype=torch.int64))
+            placed.append(_Placed(segment, number, first, start, 0, -1, 0))
             continue
         if segment.merge and previous is not None:
             if segment.mask != previous.mask:
-                raise ValueError(
-                    f"'{segment.port}' is merged into a block of '{previous.port}' but one is {segment.mask}, the other {previous.mask}"
-                )
+                raise ValueError(f"'{segment.port}' ({segment.mask}) is merged into a block of '{previous.port}' ({previous.mask})")
         else:
             block += 1
-        yield _Placed(segment, number, first, start, block, positions[place])
-        place, start, previous = place + 1, start + len(segment), segment
+        placed.append(_Placed(segment, number, first, start, cursor.index + start - first, block, next(clocks)))
+        start, previous = start + len(segment), segment
+    return placed
 
 
-def _gather(placed: list[_Placed]) -> PortRows:
+def _batch(placed: list[_Placed], shape: tuple[int, int], keys: tuple[str, ...], tasks: tuple[str, ...]) -> Batch:
+    ports: dict[str, list[_Placed]] = {}
+    for entry in sorted(placed, key=lambda p: (p.start, p.number)):
+        ports.setdefault(entry.segment.port, []).append(entry)
+    layout = _layout([entry for entry in placed if entry.segment.in_table], shape)
+    return Batch(layout, {name: _port_rows(entries) for name, entries in ports.items()}, keys, tasks)
+
+
+def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
+    b, length = shape
+    table = Layout(
+        sample_id=torch.full((b, length), -1),
+        block_id=torch.full((b, length), -1),
+        index=torch.arange(length).expand(b, length).clone(),  # padding has an index of its own, to see itself by
+        full=torch.zeros(b, length, dtype=torch.bool),
+        isolated=torch.zeros(b, length, dtype=torch.bool),
+        positions=torch.zeros(b, length, 3, dtype=torch.int64),
+        expert_id=torch.zeros(b, length, dtype=torch.int64),
+    )
+    if not placed:
+        return table
+    _, which, within = _expand(placed)
+    numbers = [
+        (
+            p.start,
+            p.number,
+            p.block,
+            p.index,
+            p.segment.mask != MaskKind.CAUSAL,
+            p.segment.mask == MaskKind.ISOLATED,
+            p.clock,
+            p.segment.expert,
+        )
+        for p in placed
+    ]
+    start, sample, block, index, full, isolated, clock, expert = torch.tensor(numbers).index_select(0, which).unbind(1)
+    at = start + within
+    table.sample_id.view(-1).index_copy_(0, at, sample)
+    table.block_id.view(-1).index_copy_(0, at, block)
+    table.index.view(-1).index_copy_(0, at, index + within)
+    table.full.view(-1).index_copy_(0, at, full.bool())
+    table.isolated.view(-1).index_copy_(0, at, isolated.bool())
+    table.positions.view(-1, 3).index_copy_(0, at, clock[:, None] + torch.cat([offsets_of(p.segment) for p in placed]))
+    table.expert_id.view(-1).index_copy_(0, at, expert)
+    return table
+
+
+def _expand(placed: list[_Placed]) -> tuple[Tensor, Tensor, Tensor]:
+    """Length of each segment (s,); for each token which segment it is of and its place within it (n,)."""
+    lengths = torch.tensor([len(p.segment) for p in placed])
+    which = torch.repeat_interleave(torch.arange(len(placed)), lengths)
+    within = torch.arange(len(which)) - (lengths.cumsum(0) - lengths).index_select(0, which)
+    return lengths, which, within
+
+
+def _port_rows(placed: list[_Placed]) -> PortRows:
+    lengths, which, within = _expand(placed)
     outside = not placed[0].segment.in_table
     payloads = [p.segment.payload for p in placed]
-    lengths = torch.tensor([len(p.segment) for p in placed])
-    starts = torch.tensor([p.start for p in placed])
-    firsts = torch.tensor([p.first for p in placed])
-    segment = torch.repeat_interleave(torch.arange(len(placed)), lengths)
-    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).index_select(0, segment)
-    rows = starts.index_select(0, segment) + within
-    ragged_ids = outside and payloads[0].dim() == 1
-    if ragged_ids:
-        values = torch.nn.utils.rnn.pad_sequence(payloads, batch_first=True)
-    elif payloads[0].dim() == 3:
-        values = torch.stack(payloads)
+    if outside and payloads[0].dim() == 1:
+        values = torch.nn.utils.rnn.pad_sequence(payloads, batch_first=True)  # ragged texts for an encoder of their own
     else:
-        values = torch.cat(payloads)
-    per_segment = torch.tensor([p.segment.weight for p in placed])
-    targets = torch.tensor([p.segment.role == Role.TARGET for p in placed])
+        values = torch.stack(payloads) if payloads[0].dim() == 3 else torch.cat(payloads)
+    places = torch.tensor([(p.start, p.first, p.number, p.segment.role == Role.TARGET) for p in placed])
+    start, first, _, target = places.index_select(0, which).unbind(1)
+    rows = start + within
     return PortRows(
         rows=torch.full_like(rows, -1) if outside else rows,
-        previous=torch.where(rows > firsts.index_select(0, segment), rows - 1, torch.full_like(rows, -1)),
+        previous=torch.where(rows > first, rows - 1, -1),
         values=values,
-        target=targets.index_select(0, segment),
-        weight=per_segment.index_select(0, segment),
-        segment=segment,
+        target=target.bool(),
+        weight=torch.tensor([p.segment.weight for p in placed]).index_select(0, which),
+        segment=which,
         timestep_range=torch.tensor([p.segment.timestep_range for p in placed], dtype=torch.float32),
-        sample=torch.tensor([p.number for p in placed]),
+        sample=places[:, 2],
         grids=[p.segment.grid for p in placed],
         lengths=lengths,
     )

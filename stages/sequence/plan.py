@@ -25,6 +25,7 @@ from stages.recipe import EachSpec, Port, Recipe, SegmentSpec, Task, backbone_of
 from stages.sequence.positions import positions_of
 from stages.sequence.segment import Content, MaskKind, PositionKind, Role, Segment, Sequence
 
+TEXTS_KEPT, LONG_TEXT = 200_000, 200
 PLACEHOLDER = re.compile(r"(\{[a-z_.]+\})")
 
 
@@ -37,6 +38,7 @@ class Planner:
 
     def __init__(self, recipe: Recipe, tokenizers: Mapping[str, TextTokenizer], encoders: Mapping[str, Any] | None = None) -> None:
         self.recipe, self.tokenizers, self.encoders = recipe, tokenizers, encoders or {}
+        self._texts: dict[tuple[TextTokenizer, str], list[int]] = {}  # short texts come again in every epoch
         self._literals: dict[tuple[str, str], list[int]] = {}
         self._turn = 0
         self.features: dict[tuple[str, str, str], Tensor] = {}  # (key, port, field) → what a frozen encoder said, computed once
@@ -252,7 +254,7 @@ class Planner:
             features = self.features[sample.key, spec.port, spec.field]
             return features, (features.shape[0],)
         picture = self.picture(spec.port, self._array(spec.field, values, sample))
-        return picture, encoder.out_grid(picture.shape[1], picture.shape[2])
+        return picture, (encoder.config.num_tokens(picture.shape[1], picture.shape[2]),)
 
     def picture(self, port: str, image: np.ndarray) -> Tensor:
         """A uint8 picture through a port's view: float (3, H, W) in [-1, 1], as the port's encoder is shown it."""
@@ -300,7 +302,12 @@ class Planner:
             value = value[(self._turn + zlib.crc32(sample.key.encode())) % len(value)]
         if not isinstance(value, str):
             raise MissingField(f"{sample.source or sample.key}: '{name}' holds {type(value).__name__}, expected text")
-        return tokenizer.encode(value)
+        known = self._texts.get((tokenizer, value))
+        if known is None:
+            known = tokenizer.encode(value)
+            if len(self._texts) < TEXTS_KEPT and len(value) <= LONG_TEXT:
+                self._texts[tokenizer, value] = known
+        return known
 
     def at_epoch(self, epoch: int) -> None:
         """List fields give one entry an epoch, each in its turn, beginning where the sample's key says."""

@@ -6,6 +6,7 @@ then as many ticks as the longest side. Isolated segments take no time: what lat
 """
 
 from collections.abc import Sequence as Segments
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from stages.sequence.segment import MaskKind, PositionKind, Segment
 
 
+@cache
 def grid_offsets(grid: tuple[int, ...]) -> Tensor:
     """Int64 (l, 3): the (t, h, w) place of each token of a grid, in raster order; missing leading axes are 0."""
     full = (1,) * (3 - len(grid)) + tuple(grid)
@@ -20,24 +22,43 @@ def grid_offsets(grid: tuple[int, ...]) -> Tensor:
     return torch.stack([axis.reshape(-1) for axis in axes], dim=1)
 
 
-def positions_of(segments: Segments[Segment], start: int = 0) -> tuple[list[Tensor], int]:
-    """Positions (l, 3) of each segment, and the clock after the last one."""
-    clock, placed, held = start, [], False
+@cache
+def _steps(length: int) -> Tensor:
+    return torch.arange(length)[:, None].expand(length, 3)
+
+
+@cache
+def _still(length: int) -> Tensor:
+    return torch.zeros(length, 3, dtype=torch.int64)
+
+
+def offsets_of(segment: Segment) -> Tensor:
+    """Int64 (l, 3): positions of a segment's tokens relative to the clock at its start."""
+    if segment.positions == PositionKind.SEQUENTIAL:
+        return _steps(len(segment))
+    return _still(len(segment)) if segment.positions == PositionKind.SHARED else grid_offsets(segment.grid)
+
+
+def clocks_of(segments: Segments[Segment], start: int = 0) -> tuple[list[int], int]:
+    """The clock at the start of each segment, and after the last one."""
+    clock, clocks = start, []
     for place, segment in enumerate(segments):
         clock += segment.advance
-        length = len(segment)
-        following = segments[place + 1] if place + 1 < len(segments) else None
+        clocks.append(clock)
+        if segment.mask == MaskKind.ISOLATED:
+            continue
         if segment.positions == PositionKind.SEQUENTIAL:
-            ticks = clock + torch.arange(length)
-            placed.append(ticks[:, None].expand(length, 3))
-            moves = length
-        elif segment.positions == PositionKind.SHARED:
-            placed.append(torch.full((length, 3), clock))
-            held = following is not None and following.merge and following.positions == PositionKind.SHARED
-            moves = 0 if held else 1
+            clock += len(segment)
+        elif segment.positions == PositionKind.GRID:
+            clock += max(segment.grid)
         else:
-            placed.append(clock + grid_offsets(segment.grid))
-            moves = max(segment.grid)
-        if segment.mask != MaskKind.ISOLATED:
-            clock += moves
-    return placed, clock
+            following = segments[place + 1] if place + 1 < len(segments) else None
+            together = following is not None and following.merge and following.positions == PositionKind.SHARED
+            clock += 0 if together else 1  # a merged block shares one tick
+    return clocks, clock
+
+
+def positions_of(segments: Segments[Segment], start: int = 0) -> tuple[list[Tensor], int]:
+    """Positions (l, 3) of each segment, and the clock after the last one."""
+    clocks, end = clocks_of(segments, start)
+    return [clock + offsets_of(segment) for clock, segment in zip(clocks, segments, strict=True)], end

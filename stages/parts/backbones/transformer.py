@@ -220,11 +220,11 @@ class Transformer(nn.Module):
         mask = None if causal else additive(may_attend(layout, keys), x.dtype)
         grouped = routing.group(x.reshape(b * length, -1))  # (n, d)
         for place in range(self.config.depth):
-            normed = self._apply(place, "attention_norm", grouped, routing)
+            normed = self._through(place, "attention_norm", grouped, routing)
             attended = self._attend(place, normed, routing, (b, length), (cos, sin), mask, causal, cache)
-            grouped = grouped + self._drop(self._apply(place, "out", attended, routing))
-            normed = self._apply(place, "mlp_norm", grouped, routing)
-            grouped = grouped + self._drop(self._apply(place, "mlp", normed, routing))
+            grouped = grouped + self._drop(self._through(place, "out", attended, routing))
+            normed = self._through(place, "mlp_norm", grouped, routing)
+            grouped = grouped + self._drop(self._through(place, "mlp", normed, routing))
         return routing.ungroup(self._each("final_norm", grouped, routing)).reshape(b, length, -1)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -244,11 +244,11 @@ class Transformer(nn.Module):
         """normed (n, d) in expert order → attended (n, a·head_dim) in expert order."""
         c = self.config
         kv_heads, dim = c.kv_heads or c.heads, c.attention_dim
-        qkv = self._apply(place, "qkv", normed, routing)
+        qkv = self._through(place, "qkv", normed, routing)
         q, k, v = qkv.split([c.heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
         if c.qk_norm:
-            q = self._apply(place, "q_norm", q.reshape(-1, c.heads, dim), routing)
-            k = self._apply(place, "k_norm", k.reshape(-1, kv_heads, dim), routing)
+            q = self._through(place, "q_norm", q.reshape(-1, c.heads, dim), routing)
+            k = self._through(place, "k_norm", k.reshape(-1, kv_heads, dim), routing)
         q, k, v = (routing.ungroup(part.reshape(-1, heads, dim)) for part, heads in ((q, c.heads), (k, kv_heads), (v, kv_heads)))
         q, k, v = (part.reshape(*shape, -1, dim).transpose(1, 2) for part in (q, k, v))  # (b, a, l, head_dim)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=kv_heads != c.heads)
         return routing.group(attended.transpose(1, 2).reshape(shape[0] * shape[1], -1))
 
-    def _apply(self, place: int, name: str, x: Tensor, routing: Routing) -> Tensor:
+    def _through(self, place: int, name: str, x: Tensor, routing: Routing) -> Tensor:
         """One module of one layer, each expert on its own tokens."""
         if self.shared is not None:
             layer = self.shared.layers[place]
