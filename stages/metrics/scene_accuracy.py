@@ -8,7 +8,6 @@ from stages.data.scenes import CATEGORIES, Scene, categories, judge, read_scene
 from stages.data.scenes.reader import MAX_RATIO, MAX_RESIDUAL
 from stages.errors import DataError
 from stages.metrics.object_scores import object_scores, share
-from stages.metrics.psnr import is_reconstruction
 from stages.metrics.score import Fields, Score, Setting
 
 
@@ -33,20 +32,19 @@ class SceneAccuracy:
         """Drawn pictures, and reconstructions: of these the reader says whether the tokenizer keeps what matters."""
         return {"sample.image", "scene"} <= sample.keys()
 
-    def look(self, sample: Fields) -> tuple[Scene, bool, bool]:
-        return *drawn_scene(sample), is_reconstruction(sample)
+    def look(self, sample: Fields) -> tuple[Scene, bool]:
+        return drawn_scene(sample)
 
     def expect(self, sample: Fields) -> Scene:
         return Scene.from_json(sample["scene"])
 
-    def scores(self, seen: list[tuple[Scene, bool, bool]], expected: list[Scene]) -> list[Score]:
-        drawn = [scene for scene, _, _ in seen]
-        task = "reconstruct" if all(again for _, _, again in seen) else "draw"
+    def scores(self, seen: list[tuple[Scene, bool]], expected: list[Scene]) -> list[Score]:
+        drawn = [scene for scene, _ in seen]
         levels = sorted({scene.level for scene in expected})
-        protocol = {"task": task, "reader": "scenes", "levels": levels, "max_residual": MAX_RESIDUAL, "max_ratio": MAX_RATIO}
+        protocol = {"reader": "scenes", "levels": levels, "max_residual": MAX_RESIDUAL, "max_ratio": MAX_RATIO}
         scores = object_scores(expected, drawn, self.seed, protocol)
         for name in CATEGORIES:
             about = [judge(name, meant, made) for meant, made in zip(expected, drawn, strict=True) if name in categories(meant)]
             if about:
                 scores.append(share(name, about, protocol))
-        return [*scores, share("readable", [valid for _, valid, _ in seen], protocol)]
+        return [*scores, share("readable", [valid for _, valid in seen], protocol)]

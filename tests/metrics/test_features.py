@@ -81,7 +81,7 @@ def test_ranks_count_ties_against_the_model():
 
 def emoji(key: str, made: int, true: int, prompt: str = "") -> dict:
     pictures = np.random.default_rng(7).integers(0, 256, (12, 9, 10, 3), dtype=np.uint8)
-    meta = {"task": "generate"} | ({"prompt_key": prompt} if prompt else {})
+    meta = {"tasks": ["generate"]} | ({"prompt_key": prompt} if prompt else {})
     return {"__key__": key, "sample.image": pictures[made], "image": pictures[true], "caption": str(true), "meta": meta}
 
 
@@ -97,4 +97,4 @@ def test_retrieval_finds_exact_copies_and_states_chance():
 
 def test_retrieval_leaves_pictures_with_a_readable_scene_to_the_reader():
     assert not Retrieval.applies(emoji("0", 0, 0) | {"scene": {}}, Setting())
-    assert not Retrieval.applies(emoji("0", 0, 0) | {"meta": {"task": "reconstruct"}}, Setting())
+    assert not Retrieval.applies(emoji("0", 0, 0) | {"meta": {"tasks": ["reconstruct"]}}, Setting())

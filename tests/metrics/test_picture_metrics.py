@@ -17,7 +17,7 @@ def picture(seed: int, height: int = 17, width: int = 23) -> np.ndarray:
 
 
 def reconstruction(key: str, made: np.ndarray, true: np.ndarray) -> dict:
-    return {"__key__": key, "sample.image": made, "image": true, "meta": {"task": "reconstruct"}}
+    return {"__key__": key, "sample.image": made, "image": true, "meta": {"tasks": ["reconstruct"]}}
 
 
 @pytest.mark.parametrize("offset", [1, 5, 51])
@@ -43,7 +43,7 @@ def test_identical_pictures_stay_finite():
 def test_pixels_are_compared_only_where_the_task_was_to_reconstruct():
     sample = reconstruction("a", picture(0), picture(1))
     assert PSNR.applies(sample, Setting())
-    assert not PSNR.applies(sample | {"meta": {"task": "generate"}}, Setting())
+    assert not PSNR.applies(sample | {"meta": {"tasks": ["generate"]}}, Setting())
     assert not SSIM.applies(reconstruction("a", picture(0, 8, 8), picture(1, 8, 8)), Setting())
 
 

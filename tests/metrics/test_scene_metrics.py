@@ -26,7 +26,7 @@ def picture(*objects: tuple[str, str, str, str]) -> np.ndarray:
 
 def drawn(meant: list[tuple[str, str, str, str]], made: list[tuple[str, str, str, str]]) -> dict:
     scene = Scene(1, tuple(SceneObject(size, "plain", colour, shape, place) for size, colour, shape, place in meant))
-    return {"__key__": "k", "scene": scene.to_json({}), "sample.image": picture(*made), "meta": {"task": "draw"}}
+    return {"__key__": "k", "scene": scene.to_json({}), "sample.image": picture(*made), "meta": {"tasks": ["draw"]}}
 
 
 def test_the_true_pictures_score_one_everywhere():
@@ -83,7 +83,7 @@ def test_a_true_but_partial_caption_is_true_and_names_no_object():
 
 def test_a_picture_of_the_wrong_size_names_its_sample():
     sample = drawn([("large", "red", "circle", "top left")], []) | {"sample.image": np.zeros((8, 9, 3), np.uint8)}
-    with pytest.raises(DataError, match="k: sample.image: level 1 pictures are uint8 \\(32, 32, 3\\)"):
+    with pytest.raises(DataError, match=r"k: sample.image: level 1 pictures are uint8 \(32, 32, 3\)"):
         SceneAccuracy(Setting()).look(sample)
 
 

@@ -1,0 +1,85 @@
+"""What happened while training: one chart per loss, runs laid over each other, validation dashed; then the health of the run.
+
+metrics.jsonl is read as it is: every number is a curve over `step`. `val/PORT` shares the chart of `loss/PORT`, so that a gap between
+the two is seen.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from stages.report.chart import Line, line_chart
+from stages.report.folders import Folder
+from stages.report.html import Markup, el
+
+WHEN = ("step", "samples", "tokens", "seconds")  # numbers that say when, rather than how it went
+
+
+def curves(folders: Sequence[Folder]) -> list[Markup]:
+    """Charts of every folder that has metrics: losses first, with a switch between linear and logarithmic, then the rest."""
+    trained = [folder for folder in folders if any("step" in line for line in folder.metrics)]
+    if not trained:
+        return []
+    charts: dict[str, list[Line]] = defaultdict(list)
+    for tone, folder in enumerate(trained):
+        names = dict.fromkeys(name for line in folder.metrics for name in line if name not in WHEN)
+        for name in names:
+            points = [(line["step"], line[name]) for line in folder.metrics if "step" in line and is_number(line.get(name))]
+            held_out = name.startswith("val/")
+            label = " ".join(part for part in (folder.name if len(trained) > 1 else "", "validation" if held_out else "training") if part)
+            if points:
+                steps, values = zip(*points, strict=True)
+                charts["loss/" + name.removeprefix("val/") if held_out else name].append(Line(label, steps, values, tone, held_out))
+    losses = {name: lines for name, lines in charts.items() if "loss" in name}
+    health = {name: lines for name, lines in charts.items() if name not in losses}
+    parts: list[Markup] = []
+    if losses:
+        shown = [loss_chart(name, lines, folders=len(trained)) for name, lines in losses.items()]
+        linear = el("input", {"type": "radio", "name": "scale", "id": "linear", "class": "toggle first", "checked": True})
+        log = el("input", {"type": "radio", "name": "scale", "id": "log", "class": "toggle second"})
+        switch = [linear, el("label", {"for": "linear"}, "Linear"), log, el("label", {"for": "log"}, "Logarithmic")]
+        parts.append(el("div", {"class": "group"}, switch, el("div", {"class": "charts"}, shown)))
+        parts.append(key([line for lines in losses.values() for line in lines]))
+    if health:
+        boxes = [chart_box(spoken(name), line_chart(spoken(name), lines), last(lines)) for name, lines in health.items()]
+        parts += [el("h3", {}, "How the run went"), el("div", {"class": "charts"}, boxes)]
+    return parts
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def loss_chart(name: str, lines: list[Line], *, folders: int) -> Markup:
+    title = spoken(name)
+    both = [
+        el("div", {"class": "as-linear"}, line_chart(title, lines)),
+        el("div", {"class": "as-log"}, line_chart(title, lines, log=True)),
+    ]
+    return chart_box(title, both, last(lines) if folders == 1 else "")
+
+
+def chart_box(title: str, drawing: Markup | list[Markup], beside: str = "") -> Markup:
+    heading = el("h3", {}, title, el("span", {"class": "soft num"}, beside) if beside else None)
+    return el("div", {"class": "chart"}, heading, drawing)
+
+
+def last(lines: list[Line]) -> str:
+    """Where the curves end, training then validation."""
+    return ", ".join(f"{'val ' if line.dashed else ''}{line.values[-1]:.4g}" for line in lines[:2])
+
+
+def key(lines: list[Line]) -> Markup:
+    """Which colour is which run, and what dashes mean."""
+    names = dict.fromkeys((line.name, line.tone, line.dashed) for line in lines)
+    swatches = [
+        el("span", {"class": "key"}, el("span", {"class": f"swatch s{tone % 6}" + (" dashed" if dashed else "")}), name)
+        for name, tone, dashed in sorted(names, key=lambda entry: (entry[1], entry[2]))
+    ]
+    return el("div", {"class": "legend"}, swatches)
+
+
+def spoken(name: str) -> str:
+    """`loss/draw` → "Loss: draw", `grad_norm` → "Grad norm", `lr` → "Learning rate"."""
+    head, _, rest = name.partition("/")
+    said = {"lr": "Learning rate"}.get(head, head.replace("_", " ").capitalize())
+    return f"{said}: {rest.replace('_', ' ')}" if rest else said

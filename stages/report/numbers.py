@@ -1,0 +1,364 @@
+"""Scores on the page: the headline tiles, and a table for every metric in which a column holds one protocol and no other.
+
+Two numbers share a column only if they were measured in the same way: same prompts, same count, same resize filter, same reference,
+same feature network. What differs gets a column of its own with a footnote that says how. Sampling settings (guidance, steps, seed)
+are part of a run, not of the measurement: they stand with the run's name.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from stages.report.chart import short
+from stages.report.folders import Folder
+from stages.report.html import Child, Markup, el
+
+Row = dict[str, Any]
+
+CONTROLS = {"untrained": "untrained model", "shuffled": "prompts shuffled"}
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a metric is spoken of. `share` numbers lie in [0, 1]; `lead` is the category that stands for the whole."""
+
+    title: str
+    says: str
+    lead: str = "all"
+    share: bool = True
+    unit: str = ""
+
+
+WORDS = {
+    "scene-accuracy": Words(
+        "Scenes drawn from their description",
+        "An exact reader turns each drawn picture back into objects and compares them with what the prompt asked for.",
+        lead="objects",
+    ),
+    "question-accuracy": Words("Questions answered", "Answers about a picture, by type of question. Chance is the best constant answer."),
+    "caption-correctness": Words(
+        "Captions written", "Each caption is parsed back into objects and compared with what the picture shows.", lead="objects"
+    ),
+    "retrieval": Words(
+        "Drawn pictures recognised", "Is the real picture of the same prompt the nearest one (or among the nearest five)?", lead="R@1"
+    ),
+    "psnr": Words("Reconstruction, PSNR", "Peak signal-to-noise ratio, per picture, then the mean.", share=False, unit="dB"),
+    "ssim": Words("Reconstruction, SSIM", "Structural similarity, per picture, then the mean."),
+    "codebook": Words(
+        "Codebook", "Usage is the share of codes that occur, perplexity the number of equally frequent codes.", lead="usage", share=False
+    ),
+    "frechet-distance": Words(
+        "Fréchet distance", "Between drawn and real pictures, in the features of the network named. Lower is better.", lead="", share=False
+    ),
+    "bits-per-byte": Words("Bits per byte", "What the model needs to write the held-out text. Lower is better.", share=False),
+}
+
+
+LABELS = {
+    "all": "all questions",
+    "objects": "objects right",
+    "objects-precision": "of the objects there, right",
+    "scenes": "whole scenes right",
+    "object-place": "something at the place",
+    "object-size": "right size",
+    "object-texture": "right texture",
+    "object-colour": "right colour",
+    "object-shape": "right shape",
+    "one-object": "one object",
+    "two-objects": "two objects",
+    "colour-attribution": "colour attribution",
+    "readable": "pictures the reader believes",
+    "true": "sentences that are true",
+    "parsed": "sentences that parse",
+}
+
+
+def words(metric: str) -> Words:
+    return WORDS.get(metric, Words(metric.replace("-", " ").capitalize(), "", share=False))
+
+
+# --- what may be compared ---------------------------------------------------------------------------------------------------------
+
+
+def protocol_of(row: Row) -> str:
+    """What must be equal for two numbers to share a column, as canonical JSON."""
+    measured = {name: value for name, value in row.get("protocol", {}).items() if name != "sampling"}
+    return json.dumps([row["metric"], row["category"], row["split"], row["n"], measured], sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One category under one protocol; cells[(run, control)] is the row of results.json that belongs there."""
+
+    category: str
+    protocol: str
+    cells: dict[tuple[str, str | None], Row]
+
+
+def columns_of(folders: list[Folder], metric: str, split: str) -> list[Column]:
+    """Every (category, protocol) of a metric on a split, in the order first met. A control joins the column of its own model's number:
+    it is measured in the same way, over what it had (`n` may differ where questions had no partner)."""
+    columns: dict[tuple[str, str], Column] = {}
+    for folder in folders:
+        rows = [row for row in folder.results if row["metric"] == metric and row["split"] == split]
+        own = {row["category"]: protocol_of(row) for row in rows if row["control"] is None}
+        for row in rows:
+            protocol = own.get(row["category"])
+            if protocol is not None and row["value"] is not None:
+                column = columns.setdefault((row["category"], protocol), Column(row["category"], protocol, {}))
+                column.cells[folder.name, row["control"]] = row
+    order = list(dict.fromkeys(column.category for column in columns.values()))
+    return sorted(columns.values(), key=lambda column: order.index(column.category))
+
+
+def metrics_of(folders: Iterable[Folder]) -> list[tuple[str, str]]:
+    """(metric, split) pairs present, metrics in the order of WORDS, unseen scenes (`val`) before held-out combinations."""
+    pairs = dict.fromkeys((row["metric"], row["split"]) for folder in folders for row in folder.results)
+    known = list(WORDS)
+
+    def order(pair: tuple[str, str]) -> tuple[int, str, bool, str]:
+        metric, split = pair
+        return (known.index(metric) if metric in known else len(known), metric, split != "val", split)
+
+    return sorted(pairs, key=order)
+
+
+# --- the pieces -------------------------------------------------------------------------------------------------------------------
+
+
+def is_share(row: Row) -> bool:
+    """Whether a number lies between 0 and 1 by its nature."""
+    return words(row["metric"]).share or row["category"] == "usage"
+
+
+def label(category: str) -> str:
+    return LABELS.get(category, category.replace("-", " "))
+
+
+def figure(value: float | None, row: Row) -> str:
+    """A value as it is printed, for a number such as `row`: shares with three decimals, others in four significant digits."""
+    if value is None:
+        return "—"
+    if is_share(row):
+        return f"{value:.3f}"
+    return f"{value:.1f}" if 100 <= abs(value) < 10_000 else f"{value:.4g}" if abs(value) < 100 else short(value)
+
+
+def interval_text(row: Row) -> str:
+    if not row.get("interval"):
+        return ""
+    low, high = row["interval"]
+    return f"{figure(low, row)} – {figure(high, row)}"
+
+
+def strip(row: Row, controls: dict[str, Row | None]) -> Markup:
+    """The number on the line from 0 to 1, with its interval, its controls and its chance."""
+
+    def left(value: float) -> str:
+        return f"left:{100 * min(1.0, max(0.0, value)):.2f}%"
+
+    marks: list[Markup] = []
+    spoken = [figure(row["value"], row)]
+    if row.get("interval"):
+        low, high = row["interval"]
+        marks.append(el("span", {"class": "span", "style": f"{left(low)};width:{100 * max(0.0, min(1, high) - max(0, low)):.2f}%"}))
+        spoken.append(f"95 % interval {interval_text(row)}")
+    if row.get("chance") is not None:
+        marks.append(el("span", {"class": "chance", "style": left(row["chance"]), "title": f"chance {row['chance']:.3f}"}))
+        spoken.append(f"chance {row['chance']:.3f}")
+    for control, other in controls.items():
+        if other is not None and other["value"] is not None:
+            said = f"{CONTROLS[control]} {figure(other['value'], row)}"
+            marks.append(el("span", {"class": control, "style": left(other["value"]), "title": said}))
+            spoken.append(said)
+    marks.append(el("span", {"class": "at", "style": left(row["value"]), "title": spoken[0]}))
+    return el("div", {"class": "strip", "role": "img", "aria-label": "; ".join(spoken)}, marks)
+
+
+def legend() -> Markup:
+    def key(kind: str, text: str) -> Markup:
+        mark = el("span", {"class": "strip"}, el("span", {"class": kind, "style": "left:50%"}))
+        return el("span", {"class": "key"}, mark, text)
+
+    return el(
+        "div",
+        {"class": "legend", "aria-hidden": "true"},
+        key("at", "the model, with its 95 % interval"),
+        *(key(control, said) for control, said in CONTROLS.items()),
+        key("chance", "chance"),
+    )
+
+
+def controls_of(folder: Folder, row: Row) -> dict[str, Row | None]:
+    """The two controls of a number, None where that control was not made."""
+    same = [other for other in folder.results if all(other[name] == row[name] for name in ("metric", "category", "split"))]
+    made = [other for other in same if other["value"] is not None]
+    return {control: next((other for other in made if other["control"] == control), None) for control in CONTROLS}
+
+
+def headline_rows(folder: Folder, count: int = 3) -> list[Row]:
+    """The numbers that stand for a run: one per metric, its leading category, on `val` where there is one."""
+    rows: list[Row] = []
+    for metric, split in metrics_of([folder]):
+        own = [row for row in folder.results if (row["metric"], row["split"], row["control"]) == (metric, split, None)]
+        if own and metric not in {row["metric"] for row in rows}:
+            rows.append(next((row for row in own if row["category"] == words(metric).lead), own[0]))
+    return rows[:count]
+
+
+def tiles(folder: Folder) -> Markup | None:
+    """Up to three numbers, each with interval and controls."""
+    made = []
+    for row in headline_rows(folder):
+        said, controls = words(row["metric"]), controls_of(folder, row)
+        category = "" if row["category"] in ("all", "") else label(row["category"])
+        where = " · ".join(part for part in (category, f"n = {row['n']:,}", row["split"]) if part)
+        beside: list[Child] = []
+        for control, other in controls.items():
+            if other is not None:
+                beside += [el("dt", {}, CONTROLS[control]), el("dd", {"class": "num"}, figure(other["value"], row))]
+        if row.get("chance") is not None:
+            beside += [el("dt", {}, "chance"), el("dd", {"class": "num"}, figure(row["chance"], row))]
+        unit = el("span", {"class": "unit"}, said.unit) if said.unit else None
+        interval = f"95 % interval {interval_text(row)}" if row.get("interval") else "no interval"
+        made.append(
+            el(
+                "div",
+                {"class": "tile"},
+                el("div", {"class": "what"}, said.title),
+                el("div", {"class": "where"}, where),
+                el("div", {"class": "value num"}, figure(row["value"], row), unit),
+                el("div", {"class": "interval num"}, interval),
+                strip(row, controls) if is_share(row) else None,
+                el("dl", {}, beside) if beside else None,
+            )
+        )
+    return el("div", {"class": "tiles"}, made) if made else None
+
+
+def results(folders: list[Folder]) -> list[Markup]:
+    """A table per metric and split: categories down the side for one run, one row a run and one column a protocol for several."""
+    evaluated = [folder for folder in folders if folder.results]
+    parts = []
+    for metric, split in metrics_of(evaluated):
+        columns = columns_of(evaluated, metric, split)
+        if not columns:
+            continue
+        said = words(metric)
+        heading = el("h3", {}, said.title, el("span", {"class": "soft"}, f" on {split}") if split else None)
+        table = tall_table(evaluated[0], metric, columns) if len(evaluated) == 1 else wide_table(evaluated, columns)
+        intro = el("p", {"class": "soft small"}, said.says) if said.says else None
+        box = el("div", {"class": "scroll", "tabindex": 0}, table)
+        parts.append(el("div", {"class": "group"}, heading, intro, box, footnotes(columns)))
+    return parts
+
+
+def tall_table(folder: Folder, metric: str, columns: list[Column]) -> Markup:
+    """One run: a row for each category, with its place on the line from 0 to 1."""
+    marks = footnote_marks(columns)
+    controls = [control for control in CONTROLS if any((folder.name, control) in column.cells for column in columns)]
+    rows = [column.cells[folder.name, None] for column in columns]
+    with_interval = any(row.get("interval") for row in rows)
+    with_strip = any(is_share(row) for row in rows)
+    with_chance = any(row.get("chance") is not None for row in rows)
+    head = [el("th", {"scope": "col"}, el("span", {"class": "hidden"}, "category")), el("th", {"scope": "col"}, "score")]
+    head.append(el("th", {"scope": "col"}, "95 % interval") if with_interval else Markup())
+    head.append(
+        el("th", {"class": "strip-cell", "aria-hidden": "true"}, el("span", {}, el("i", {}, "0"), el("i", {}, "1")))
+        if with_strip
+        else Markup()
+    )
+    head += [el("th", {"scope": "col"}, CONTROLS[control]) for control in controls]
+    head += [el("th", {"scope": "col"}, title) for title in (["chance", "n"] if with_chance else ["n"])]
+    body = []
+    for column, row in zip(columns, rows, strict=True):
+        others = {control: column.cells.get((folder.name, control)) for control in CONTROLS}
+        cells = [
+            el("th", {"scope": "row"}, label(column.category), mark(marks[column])),
+            el("td", {"class": "num score"}, figure(row["value"], row)),
+            el("td", {"class": "num interval-cell"}, interval_text(row)) if with_interval else None,
+            el("td", {"class": "strip-cell"}, strip(row, others) if is_share(row) else None) if with_strip else None,
+            [el("td", {"class": "num soft"}, figure((others[control] or {"value": None})["value"], row)) for control in controls],
+            el("td", {"class": "num soft"}, figure(row.get("chance"), row)) if with_chance else None,
+            el("td", {"class": "num soft"}, f"{row['n']:,}"),
+        ]
+        body.append(el("tr", {"class": "total" if column.category == words(metric).lead else None}, cells))
+    return el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body))
+
+
+def wide_table(folders: list[Folder], columns: list[Column]) -> Markup:
+    marks = footnote_marks(columns)
+    head = [el("th", {"scope": "col"}, "run")]
+    head += [el("th", {"scope": "col"}, label(column.category), mark(marks[column])) for column in columns]
+    body = []
+    for folder in folders:
+        for control in (None, *CONTROLS):
+            if not any((folder.name, control) in column.cells for column in columns):
+                continue
+            who = folder.name if control is None else CONTROLS[control]
+            cells = []
+            for column in columns:
+                row = column.cells.get((folder.name, control))
+                interval = el("span", {"class": "interval"}, interval_text(row)) if row and control is None else None
+                cells.append(el("td", {"class": "num"}, figure(row["value"], row) if row else "", interval))
+            said = sampling_text(folder) if control is None else ""
+            title = el("th", {"scope": "row"}, who, el("span", {"class": "interval"}, said) if said else None)
+            body.append(el("tr", {"class": "control" if control else None}, title, cells))
+    chances = [next((row for row in column.cells.values() if row.get("chance") is not None), None) for column in columns]
+    if any(row is not None for row in chances):
+        cells = [el("td", {"class": "num"}, figure(row["chance"], row) if row is not None else "") for row in chances]
+        body.append(el("tr", {"class": "control"}, el("th", {"scope": "row"}, "chance"), cells))
+    return el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body))
+
+
+def sampling_text(folder: Folder) -> str:
+    """Guidance, steps and seed of the samples a run was judged by: part of its name."""
+    found = [row["protocol"]["sampling"] for row in folder.results if row.get("protocol", {}).get("sampling")]
+    said = []
+    for port, settings in found[0].items() if found else []:
+        if isinstance(settings, dict):
+            words = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if not isinstance(value, dict | list)]
+            said.append(f"{port}: {', '.join(words)}")
+        else:
+            said.append(f"{port} {settings}")
+    return "; ".join(said)
+
+
+def footnote_marks(columns: list[Column]) -> dict[Column, str]:
+    """A letter for every protocol of a category that was measured in more than one way; nothing where all agree."""
+    by_category: dict[str, list[str]] = {}
+    for column in columns:
+        by_category.setdefault(column.category, []).append(column.protocol)
+    return {
+        column: "abcdefghijklmnopqrstuvwxyz"[by_category[column.category].index(column.protocol) % 26]
+        if len(by_category[column.category]) > 1
+        else ""
+        for column in columns
+    }
+
+
+def mark(letter: str) -> Markup | None:
+    return el("sup", {}, letter) if letter else None
+
+
+def footnotes(columns: list[Column]) -> Markup:
+    """How the numbers were measured: one line that all share, or one per footnote letter."""
+    marks = footnote_marks(columns)
+    lines: dict[tuple[str, str], None] = {}
+    for column in columns:
+        protocol = next(iter(column.cells.values())).get("protocol", {})
+        lines.setdefault((marks[column], protocol_text(protocol)))
+    several = any(letter for letter, _ in lines)
+    title = "How this was measured" + (": in several ways, which do not compare" if several else "")
+    items = [el("li", {}, f"{letter}: " if letter else "", text) for letter, text in sorted(lines)]
+    return el("details", {"class": "protocol", "open": several}, el("summary", {}, title), el("ul", {}, items))
+
+
+def protocol_text(protocol: dict[str, Any]) -> str:
+    def said(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+        return text[:12] + "…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+    measured = {name: value for name, value in protocol.items() if name != "sampling"}
+    return "; ".join(f"{name.replace('_', ' ')}: {said(value)}" for name, value in measured.items()) or "nothing recorded"

@@ -1,0 +1,217 @@
+"""The page itself: what stands where. A section without content is left out; the order is from the answer to its reasons."""
+
+from pathlib import Path
+from typing import Any
+
+from stages.files import write_atomic
+from stages.report import gallery, numbers
+from stages.report.chart import short
+from stages.report.curves import curves
+from stages.report.folders import Folder, chain, is_shards, read_folders
+from stages.report.html import Child, Markup, el
+from stages.report.lineage import machine, provenance
+from stages.report.pictures import Pictures
+from stages.report.style import STYLE
+
+
+def report(paths: list[Path], out: Path) -> Path:
+    """Write one self-contained HTML page about the run folders `paths` (shards, checkpoints, samples, evaluations) to `out`.
+
+    Everything is read from the files stages leave behind; nothing is computed anew but the verdicts beside the pictures.
+    Raises UsageError for a path that is no run folder, DataError for a damaged one.
+    """
+    folders = read_folders(paths)
+    write_atomic(out, page(folders))
+    return out
+
+
+def page(folders: list[Folder]) -> str:
+    """The whole HTML document."""
+    title, lead = title_of(folders), lead_of(folders)
+    sections = list(sections_of(folders))
+    links = [el("a", {"href": f"#{anchor}"}, name) for anchor, name, _, _ in sections]
+    evaluated = [folder for folder in folders if folder.results]
+    headline = numbers.tiles(evaluated[0]) if len(evaluated) == 1 else None
+    with_strips = headline is not None and any(numbers.is_share(row) for row in numbers.headline_rows(evaluated[0]))
+    body = [
+        el(
+            "header",
+            {},
+            el("p", {"class": "over"}, "mmgen report"),
+            el("h1", {}, title),
+            el("p", {"class": "lead"}, lead) if lead else None,
+            headline,
+            numbers.legend() if with_strips else None,
+            el("nav", {"aria-label": "Sections"}, links) if len(links) > 1 else None,
+        ),
+        el("main", {}, [section(*entry) for entry in sections]),
+        el(
+            "footer",
+            {},
+            "Made by mmgen report from the files its stages left behind. Pictures and samples are the first ones, not selected ones.",
+        ),
+    ]
+    head = [
+        el("meta", {"charset": "utf-8"}),
+        el("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        el("title", {}, f"{title} — mmgen report"),
+        el("style", {}, Markup(STYLE)),
+    ]
+    return "<!doctype html>\n" + el("html", {"lang": "en"}, el("head", {}, head), el("body", {}, el("div", {"class": "page"}, body))) + "\n"
+
+
+Section = tuple[str, str, str, Child]  # anchor, title, one line of introduction, content
+
+
+def section(anchor: str, title: str, intro: str, content: Child) -> Markup:
+    return el("section", {"id": anchor}, el("h2", {}, title), el("p", {"class": "intro"}, intro) if intro else None, content)
+
+
+def sections_of(folders: list[Folder]) -> list[Section]:
+    pictures = Pictures()
+    sources = [folder for folder in folders if folder.kind == "shards" or is_shards(folder.path)]
+    made = [gallery.look_through(folder, limit=max(6, 12 // max(1, len(sources)))) for folder in sources]
+    several = len(made) > 1
+
+    def from_each(kind: str, cards: Any) -> list[Markup]:
+        parts = []
+        for entry in made:
+            shown = getattr(entry, kind)
+            if shown:
+                count = f"the first {len(shown)} of {entry.total[kind]:,}" if entry.total[kind] > len(shown) else f"all {len(shown)}"
+                heading = el(
+                    "h3",
+                    {},
+                    f"{entry.folder.name} " if several else count.capitalize(),
+                    el("span", {"class": "soft"}, count) if several else None,
+                )
+                parts.append(el("div", {"class": "group"}, heading, cards(entry, pictures)))
+        return parts
+
+    tables = numbers.results(folders)
+    codes = [gallery.codes_chart(entry) for entry in made if entry.code_counts]
+    verdicts = any(fields.get("scene") for entry in made for fields in entry.drawn)
+    judged = "Each card: the prompt, the real picture, what the model drew" + (
+        ", and the reader's verdict on every object." if verdicts else "."
+    )
+    entries: list[Section] = [
+        ("pictures", "Pictures from prompts", judged, from_each("drawn", gallery.drawn_cards)),
+        (
+            "questions",
+            "Questions answered",
+            "The model's answer in bold; where it is wrong, the true one follows.",
+            from_each("questions", gallery.question_cards),
+        ),
+        (
+            "captions",
+            "Captions written",
+            "What the model says about a picture, above what is true.",
+            from_each("captions", gallery.caption_cards),
+        ),
+        (
+            "reconstructions",
+            "Reconstructions",
+            "Pictures after a round trip through the tokenizer.",
+            from_each("reconstructions", gallery.reconstruction_cards),
+        ),
+        (
+            "results",
+            "Results",
+            "Every number beside its controls: the same model before training, and the same outputs held against other prompts.",
+            tables,
+        ),
+        ("curves", "Training curves", "", curves(folders)),
+        ("codebook", "Codebook usage", "How often each code occurs; a flat area would be equal use.", codes),
+        (
+            "layout",
+            "Sequence layout and mask",
+            "What one training example looks like to the network, and which token may attend to which.",
+            layouts(folders),
+        ),
+        (
+            "provenance",
+            "Where this comes from",
+            "Every run on the way here, from the import on, with the command that repeats it.",
+            [provenance(folders), machine(folders), recipes(folders)],
+        ),
+    ]
+    return [entry for entry in entries if has_content(entry[3])]
+
+
+def has_content(child: Child) -> bool:
+    if isinstance(child, list):
+        return any(has_content(inner) for inner in child)
+    return bool(child)
+
+
+# --- the words at the top ---------------------------------------------------------------------------------------------------------
+
+
+def recipes_of(folders: list[Folder]) -> dict[str, dict[str, Any]]:
+    """Resolved recipes of the runs shown, or of those they descend from: TOML text -> its tables."""
+    own = {folder.recipe_toml: folder.recipe for folder in folders if folder.recipe_toml}
+    if not own:
+        records = [Folder(Path(link.path), "checkpoint", dict(link.record)) for link in chain(folders)]
+        own = {record.recipe_toml: record.recipe for record in records if record.recipe.get("tasks")}
+        own = own or {record.recipe_toml: record.recipe for record in records if record.recipe_toml}
+    return own
+
+
+def title_of(folders: list[Folder]) -> str:
+    found = list(dict.fromkeys((recipe.get("name", ""), recipe.get("size", "")) for recipe in recipes_of(folders).values()))
+    if len(found) == 1 and found[0][0]:
+        name, size = found[0]
+        return f"{name}, {size}" if size else name
+    if found:
+        return " · ".join(dict.fromkeys(name for name, _ in found if name))
+    return folders[0].name if len(folders) == 1 else f"{len(folders)} runs"
+
+
+def lead_of(folders: list[Folder]) -> str:
+    """A sentence or two on what this is, made of what the files say and nothing else."""
+    recipes = list(recipes_of(folders).values())
+    said = []
+    if len(recipes) == 1:
+        paper, tasks = recipes[0].get("paper", {}), list(recipes[0].get("tasks", {}))
+        what = "One network" if recipes[0].get("backbones") else "An image tokenizer" if recipes[0].get("autoencoders") else "A model"
+        source = f"“{paper['title']}”" if paper.get("title") else f"arXiv:{paper['arxiv']}" if paper.get("arxiv") else ""
+        said.append(what + (f" after {source}" if source else "") + (f"; its tasks: {', '.join(tasks)}" if tasks else ""))
+    elif recipes:
+        said.append(f"{len(recipes)} recipes side by side")
+    trained = [(folder.status.get("step"), duration_minutes(folder)) for folder in folders if folder.metrics and folder.status.get("step")]
+    if len(trained) == 1:
+        steps, minutes = trained[0]
+        said.append(f"Trained for {steps:,} steps" + (f" in {short(minutes)} minutes" if minutes else ""))
+    splits = list(dict.fromkeys(row["split"] for folder in folders for row in folder.results if row["split"]))
+    if splits:
+        said.append(f"Judged on {'the split' if len(splits) == 1 else 'the splits'} {listed(splits)}")
+    return ". ".join(said) + "." if said else ""
+
+
+def duration_minutes(folder: Folder) -> float:
+    seconds = [line["seconds"] for line in folder.metrics if isinstance(line.get("seconds"), int | float)]
+    return round(max(seconds) / 60, 1) if seconds else 0.0
+
+
+def listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------------------
+
+
+def recipes(folders: list[Folder]) -> list[Markup]:
+    """The resolved recipes, folded away."""
+    return [
+        el(
+            "details",
+            {"class": "recipe"},
+            el("summary", {}, f"Resolved recipe: {recipe.get('name', 'unnamed')}"),
+            el("pre", {"tabindex": 0}, el("code", {}, toml)),
+        )
+        for toml, recipe in recipes_of(folders).items()
+    ]
+
+
+def layouts(folders: list[Folder]) -> list[Markup]:
+    return []
