@@ -91,9 +91,7 @@ def _drawings() -> Iterator[Drawing]:
     for path in sorted(folder.glob("*.svg")):
         name = names.get(_bare(path.stem.split("-")))
         if name:
-            match = re.fullmatch(rf"(.+?)((?: {TONE})*)", name)
-            assert match is not None
-            concept, tones = match[1], re.findall(TONE, match[2])
+            concept, tones = re.sub(f" {TONE}", "", name), re.findall(TONE, name)
             yield Drawing(path, path.stem, ": ".join([concept, ", ".join(tones)] if tones else [concept]), concept, len(tones))
 
 

@@ -89,21 +89,17 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    pairs = list(permutations(scene.objects, 2))
+    names = [(entry, unique_patterns(scene, entry, ("place",))) for entry in scene.objects]
+    pairs = list(permutations([(entry, patterns) for entry, patterns in names if patterns], 2))
     cases = [(a, relation, b) for a, b in pairs for relation in RELATIONS]
-    cases = [
-        (a, relation, b) for a, relation, b in cases if unique_patterns(scene, a, ("place",)) and unique_patterns(scene, b, ("place",))
-    ]
-    yes = [case for case in cases if related(*case, scene.row)]
-    no = [case for case in cases if related(case[2], case[1], case[0], scene.row)]  # the opposite holds
+    yes = [case for case in cases if related(case[0][0], case[1], case[2][0], scene.row)]
+    no = [case for case in cases if related(case[2][0], case[1], case[0][0], scene.row)]  # the opposite holds
     chosen = _pick_balanced(yes, no, rng)
     if chosen is None:
         return None
-    (a, relation, b), reply = chosen
-    first, second = (_pick(unique_patterns(scene, entry, ("place",)), rng) for entry in (a, b))
-    assert first is not None
-    assert second is not None
-    return f"is {first.the()} {relation} {second.the()}?", reply
+    (first, relation, second), reply = chosen
+    one, other = (patterns[rng.integers(len(patterns))].the() for _, patterns in (first, second))
+    return f"is {one} {relation} {other}?", reply
 
 
 def _ask_comparison(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:

@@ -10,21 +10,23 @@ cannot leave their cell (levels 0-3) once is enough, and picture and sprites are
 makes errors that noise and blur leave small, and errors that a wrong object leaves stand out.
 
 A reading is believed only if it is good and nothing else is nearly as good: a cell is valid when its mean squared error is at most
-`MAX_RESIDUAL` and at most `MAX_RATIO` times that of the second-best state. The first rule alone would accept half-drawn mixtures of two states.
+`MAX_RESIDUAL` and at most `MAX_RATIO` times that of the second-best state (the first rule alone would accept half-drawn mixtures of two states),
+and the picture drawn anew from the reading, not smoothed, differs by at most `MAX_ROUGHNESS` there (which pure noise does not).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from stages.data.scenes.render import Array, colour_of, sprite, window
+from stages.data.scenes.render import Array, Nuisance, colour_of, render, sprite, window
 from stages.data.scenes.world import LEVELS, Level, Scene, SceneObject
 
 MAX_RESIDUAL = 0.02  # mean squared error per value, intensities in [0, 1]
 MAX_RATIO = 0.5
+MAX_ROUGHNESS = 0.06
 MAX_TURNS = 8
 
 
@@ -121,9 +123,9 @@ def background_shade(image: Array) -> float:
     return float(np.median(border))
 
 
-def _around(level: Level, place: str, bank: _Bank, reach: int) -> tuple[slice, slice]:
-    """Rows and columns of the padded picture within `reach` of the centre of a cell."""
-    y, x = (coordinate + bank.reach for coordinate in level.centre(place))
+def _around(level: Level, place: str, padding: int, reach: int) -> tuple[slice, slice]:
+    """Rows and columns within `reach` of the centre of a cell, in a picture with so much padding."""
+    y, x = (coordinate + padding for coordinate in level.centre(place))
     return slice(y - reach, y + reach), slice(x - reach, x + reach)
 
 
@@ -150,7 +152,7 @@ def _errors(image: Array, level: Level, place: str, believed: Mapping[str, _Stat
 
     # smoothing spreads a neighbour's edge one pixel into this cell: that pixel is not compared
     half = level.cell // 2 - 1 if bank.smooth else bank.reach
-    compared, searched = _around(level, place, bank, half), _around(level, place, bank, max(half, bank.reach))
+    compared, searched = _around(level, place, bank.reach, half), _around(level, place, bank.reach, max(half, bank.reach))
     weight = np.zeros((*image.shape[:2], 1), np.float32)
     weight[compared] = 1
     opening, behind = weight * opening, weight * opening * behind
@@ -221,5 +223,11 @@ def read_scene(image: Array, level: int) -> Reading:
     for place, state in believed.items():
         size_name, texture, shape = bank.states[state.sprite]
         objects.append(SceneObject(size_name, texture, row.colours[state.colour], shape, place))
-    ordered = tuple(cells[place] for place in row.places)
-    return Reading(Scene(level, tuple(objects)), all(cell.valid for cell in ordered), ordered)
+    scene = Scene(level, tuple(objects))
+    drawn = render(scene, Nuisance(shade, {place: state.offset for place, state in believed.items()}))
+    squared = (values - drawn.astype(np.float32) / 255) ** 2
+    ordered = []
+    for place in row.places:
+        rough = float(squared[_around(row, place, 0, row.cell // 2)].mean()) > MAX_ROUGHNESS
+        ordered.append(replace(cells[place], valid=cells[place].valid and not rough))
+    return Reading(scene, all(cell.valid for cell in ordered), tuple(ordered))
