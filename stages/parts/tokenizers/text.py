@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from stages.errors import DataError, RecipeError, UsageError, nearest
+from stages.files import write_atomic
 from stages.parts.config import PartConfig
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer, with ids 0, 1 and 2
@@ -101,8 +102,8 @@ class TextTokenizer:
             "clean_up_tokenization_spaces": False,
             "mmgen": self.config.model_dump(mode="json"),
         }
-        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_atomic(folder / "tokenizer.json", self._tokenizer.to_str(pretty=True))
+        write_atomic(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:

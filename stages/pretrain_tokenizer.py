@@ -1,0 +1,397 @@
+"""pretrain-tokenizer: what turns a field into tokens is learned here: a text tokenizer, or an image autoencoder.
+
+A recipe with an autoencoder trains it through `fit`, on the pictures of the port its reconstruction objective reads, a
+discriminator playing against it if the recipe says so. At the end its held-out reconstructions are measured (PSNR; codebook usage
+and perplexity, or the scale of its latents), and the checkpoint gets the autoencoder alone: a discriminator is of no use to
+anybody but a resume. A recipe with nothing but a text tokenizer learns that from the text fields of the shards.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from stages.data.sample import Sample
+from stages.data.shards import Shards, open_shards
+from stages.errors import DataError, GuardError, RecipeError, nearest
+from stages.metrics.codebook import perplexity, usage
+from stages.metrics.psnr import psnr
+from stages.model import count_parameters, set_trainable
+from stages.options import RunOptions
+from stages.parts.autoencoders import Autoencoder
+from stages.parts.autoencoders.kl_cnn import KLAutoencoder
+from stages.parts.objectives.reconstruction import Reconstruct, ReconstructionConfig
+from stages.parts.tokenizers import texts_of
+from stages.parts.views.square import to_pixels
+from stages.recipe import Phase, Port, Recipe
+from stages.run import Run
+from stages.training.checkpoint import save_checkpoint
+from stages.training.ema import EMA
+from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
+from stages.training.stream import stream_seed
+
+IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are decoded again every epoch
+NUM_VALIDATION = 1024  # pictures that are reconstructed for the reported numbers
+NUM_QUICK = 128  # and for those along the way
+NUM_SCALE = 4096  # pictures the scale of continuous latents is measured on
+BATCH = 64  # pictures at once when nothing is learned
+
+
+def pretrain_tokenizer(recipe: Recipe, shards: str, out: Path, options: RunOptions, val: str | None = None) -> Path:
+    """Train the recipe's one autoencoder, or its one text tokenizer if it has no other part. Returns the checkpoint folder.
+
+    val: shards to validate on; default is the split `val` beside `train`, if there is one.
+    """
+    data = open_shards(
+        shards,
+        split="train",
+        on_bad_sample=options.on_bad_sample,
+        max_bad_fraction=options.max_bad_fraction,
+        spool=out / ".mmgen" / "input",
+    )
+    validation = _open_validation(shards, val)
+    inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
+    with Run(out, stage="pretrain-tokenizer", options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
+        if run.complete:
+            return out
+        if recipe.autoencoders:
+            _train_autoencoder(recipe, data, validation, run, options)
+        else:
+            _train_text_tokenizer(recipe, data, validation, run, options)
+    return out
+
+
+def _open_validation(shards: str, val: str | None) -> Shards | None:
+    if val is not None:
+        return open_shards(val, split="val")
+    if shards == "-" or not (Path(shards) / "val").is_dir():
+        return None
+    return open_shards(shards, split="val")
+
+
+# --- text -------------------------------------------------------------------------------------------------------------------------
+
+
+def _train_text_tokenizer(recipe: Recipe, data: Shards, validation: Shards | None, run: Run, options: RunOptions) -> None:
+    if len(recipe.tokenizers) != 1:
+        raise RecipeError(
+            f"recipe '{recipe.name}': pretrain-tokenizer trains one autoencoder or one text tokenizer, this recipe has neither alone",
+            hint="a recipe for it has one table [autoencoders.NAME] or [tokenizers.NAME]",
+        )
+    (config,) = recipe.tokenizers.values()
+    fields = [field for field in config.fields if field in data.fields]
+    if not fields:
+        raise DataError(
+            f"the text tokenizer learns from {', '.join(config.fields)}, and these shards have none of them",
+            hint=f"their fields are {', '.join(data.fields)}; see tokenizers.{next(iter(recipe.tokenizers))}.fields",
+        )
+    count = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal count
+        for sample in _samples(data, fields, options.limit, run):
+            count += 1
+            for field in fields:
+                yield from texts_of(sample.fields[field])
+
+    tokenizer = config.train(list(texts()))
+    numbers: dict[str, float | int] = {"vocab_size": tokenizer.vocab_size, "samples": count}
+    if validation is not None:
+        held_out = [
+            text for sample in _samples(validation, fields, NUM_VALIDATION, run) for f in fields for text in texts_of(sample.fields[f])
+        ]
+        ids = tokenizer.encode_batch(held_out)
+        numbers["bytes_per_token"] = sum(len(text.encode()) for text in held_out) / max(1, sum(map(len, ids)))
+    run.log(**numbers)
+    save_checkpoint(run.out, recipe, {}, facts=numbers)
+    tokenizer.save(run.out)
+    run.say(data.write_bad_samples(run.meta))
+    run.finish(message=f"{tokenizer.vocab_size} entries from {', '.join(fields)} of {count:,} samples")
+
+
+def _samples(shards: Shards, fields: list[str], limit: int | None, run: Run) -> Iterator[Sample]:
+    for i in range(min(len(shards), limit or len(shards))):
+        if run.stopping:
+            run.raise_stop()
+        sample = shards.read_or_skip(i, fields)
+        if sample is not None:
+            yield sample
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of the recipe this stage needs: the autoencoder and the objective by name, and which fields its port reads."""
+
+    autoencoder: str
+    objective: str
+    config: ReconstructionConfig
+    port: Port
+    fields: list[str]
+
+
+def plan_autoencoder(recipe: Recipe) -> Plan:
+    """The one reconstruction of the recipe. RecipeError says what is missing."""
+    phases = recipe.phases_for("pretrain-tokenizer")
+    found = {name: config for name, config in recipe.objectives.items() if isinstance(config, ReconstructionConfig)}
+    if len(recipe.autoencoders) != 1 or len(found) != 1:
+        raise RecipeError(
+            f"recipe '{recipe.name}': expected one autoencoder and one objective of kind 'reconstruction', "
+            f"found {len(recipe.autoencoders)} and {len(found)}"
+        )
+    ((objective, config),) = found.items()
+    (autoencoder,) = recipe.autoencoders
+    if config.port not in recipe.ports:
+        raise RecipeError(f"objectives.{objective}.port: there is no port '{config.port}'", hint=nearest(config.port, recipe.ports))
+    port = recipe.ports[config.port]
+    if port.autoencoder != autoencoder:
+        raise RecipeError(f"ports.{config.port}.autoencoder: expected '{autoencoder}', which is to be trained, found '{port.autoencoder}'")
+    tasks = {name: recipe.tasks[name] for phase in phases for name in phase.tasks}
+    fields = {segment.field: None for task in tasks.values() for segment in task.flat() if segment.port == config.port and segment.field}
+    if not fields or not any(objective in task.objectives for task in tasks.values()):
+        raise RecipeError(
+            f"recipe '{recipe.name}': no task of its phases has both the objective '{objective}' and a segment of port '{config.port}'"
+        )
+    for phase in phases:
+        if phase.batch_size is None:
+            raise RecipeError(f"phases.{phase.name}.batch_size: pictures are counted by samples, write how many")
+    return Plan(autoencoder, objective, config, port, list(fields))
+
+
+class Learner(nn.Module):
+    """The autoencoder and its objective, so that the names of the weights are the recipe's addresses."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # convolutions start as torch starts them
+            torch.manual_seed(seed)
+            self.autoencoders = nn.ModuleDict({plan.autoencoder: recipe.autoencoders[plan.autoencoder].build()})
+            self.objectives = nn.ModuleDict({plan.objective: plan.config.build()})
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        (module,) = self.autoencoders.values()
+        assert isinstance(module, Autoencoder)
+        return module
+
+    @property
+    def objective(self) -> Reconstruct:
+        (module,) = self.objectives.values()
+        assert isinstance(module, Reconstruct)
+        return module
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    pixels: Tensor  # uint8 (b, H, W, 3)
+    keys: tuple[str, ...]
+
+
+class Pictures:
+    """Batches of pictures in an order that depends on (data, seed, phase) alone; `position` counts the pictures given out."""
+
+    def __init__(self, shards: Shards, plan: Plan, phase: Phase, seed: int, limit: int | None = None) -> None:
+        self.shards, self.plan, self.phase, self.seed = shards, plan, phase, seed
+        self.position = 0
+        self.fields = [field for field in plan.fields if field in shards.fields]
+        if not self.fields:
+            raise DataError(
+                f"the autoencoder learns from {', '.join(plan.fields)}, which these shards lack",
+                hint=f"their fields are {', '.join(shards.fields)}",
+            )
+        size = min(len(shards), limit or len(shards))
+        self.places = [(i, field) for i in range(size) for field in self.fields]
+        self.shape: tuple[int, ...] | None = None
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        first = self._decode(0)
+        if first is None:
+            raise DataError(f"{shards.spec}: the first sample is bad: {shards.bad[0]}")
+        self.pixels: np.ndarray | None = None
+        if first.nbytes * len(self.places) <= IN_MEMORY:
+            self._decode_all(first)
+
+    def _decode_all(self, first: np.ndarray) -> None:
+        pixels = np.empty((len(self.places), *first.shape), np.uint8)
+        kept: list[tuple[int, str]] = []
+        for number in range(len(self.places)):
+            picture = self._decode(number)
+            if picture is not None:
+                pixels[len(kept)] = picture
+                kept.append(self.places[number])
+        self.places, self.pixels = kept, pixels[: len(kept)]
+
+    def _decode(self, number: int) -> np.ndarray | None:
+        """One picture as the port views it, None if its sample is bad. DataError if it is no picture or of another size than the first."""
+        i, field = self.places[number]
+        sample = self.shards.read_or_skip(i, [field])
+        if sample is None:
+            return None
+        picture = sample.fields[field]
+        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3:
+            raise DataError(f"{sample.source}: {sample.key}: field '{field}' is no picture")
+        if self.plan.port.view is not None:
+            picture = self.plan.port.view.apply(picture)
+        self.shape = self.shape or picture.shape
+        if picture.shape != self.shape:
+            raise DataError(
+                f"{sample.source}: {sample.key}: the picture is {picture.shape[0]} x {picture.shape[1]}, others are {self.shape[0]} x {self.shape[1]}",
+                hint=f'give ports.{self.plan.config.port} a view, such as view = {{ kind = "square", size = {min(self.shape[:2])} }}',
+            )
+        return picture
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, numbers: list[int]) -> PictureBatch:
+        """Pictures by number; bad ones are left out."""
+        if self.pixels is not None:
+            stack = self.pixels[numbers]
+            good = numbers
+        else:
+            decoded = [(number, picture) for number in numbers if (picture := self._decode(number)) is not None]
+            if not decoded:
+                raise DataError(f"{self.shards.spec}: a whole batch of bad samples, the last: {self.shards.bad[-1]}")
+            stack, good = np.stack([picture for _, picture in decoded]), [number for number, _ in decoded]
+        return PictureBatch(torch.from_numpy(stack), tuple(self.shards.key(self.places[number][0]) for number in good))
+
+    def next_batch(self) -> PictureBatch:
+        assert self.phase.batch_size is not None
+        numbers = []
+        for position in range(self.position, self.position + self.phase.batch_size):
+            epoch, place = divmod(position, len(self))
+            if self._order[0] != epoch:
+                generator = torch.Generator().manual_seed(stream_seed(self.seed, self.phase.name, "order", epoch))
+                self._order = (epoch, torch.randperm(len(self), generator=generator))
+            numbers.append(int(self._order[1][place]))
+        self.position += self.phase.batch_size
+        return self.take(numbers)
+
+    def batches(self, count: int) -> Iterator[PictureBatch]:
+        """The first `count` pictures, in order."""
+        count = min(count, len(self))
+        for start in range(0, count, BATCH):
+            yield self.take(list(range(start, min(start + BATCH, count))))
+
+
+def to_images(batch: PictureBatch, device: torch.device) -> Tensor:
+    """float (b, 3, H, W) in [-1, 1]."""
+    return batch.pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, run: Run, options: RunOptions) -> None:
+    started = time.monotonic()
+    deterministic()
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    plan, phases = plan_autoencoder(recipe), recipe.phases_for("pretrain-tokenizer")
+    learner = Learner(recipe, plan, options.seed).to(device)
+    autoencoder = learner.autoencoder
+    pictures = Pictures(data, plan, phases[0], options.seed, options.limit)
+    assert pictures.shape is not None
+    grid = autoencoder.grid(*pictures.shape[:2])
+    held_out = Pictures(validation, plan, phases[0], options.seed) if validation is not None else pictures
+    run.say(
+        f"{recipe.name} ({recipe.size}): {count_parameters(autoencoder):,} parameters, {len(pictures):,} pictures of "
+        f"{pictures.shape[0]} x {pictures.shape[1]} as {grid[0]} x {grid[1]}, {device}, {str(dtype).removeprefix('torch.')}"
+    )
+    ledger, state = resume_ledger(run, options, dtype)
+    all_steps = sum(phase.steps for phase in phases)
+    averages: dict[str, Tensor] = {}
+    stopped = False
+    for number, phase in enumerate(phases):
+        if number < ledger.phase:
+            continue
+        if number > ledger.phase:
+            ledger.phase, ledger.step, ledger.position = number, 0, 0
+        learner.train()
+        learning: dict[str, list[tuple[str, nn.Parameter]]] = {"main": []}
+        for name, parameter in set_trainable(learner, phase.trainable, phase.frozen):
+            learning.setdefault("discriminator" if name.startswith("objectives.") else "main", []).append((name, parameter))
+
+        def step(batch: PictureBatch, generator: Generator) -> StepResult:
+            with autocast(device, dtype):
+                found = learner.objective(autoencoder, to_images(batch, device), ledger.total_step, generator)
+            losses = {"main": found.main}
+            if found.discriminator is not None:
+                losses["discriminator"] = found.discriminator
+            log: dict[str, float | int | Tensor] = {f"loss/{name}": value for name, value in found.parts.items() if name not in losses}
+            return StepResult(losses, log, samples=len(batch.keys), keys=batch.keys)
+
+        pictures.phase = phase
+        average: list[EMA] = []
+        for progress in fit(
+            step,
+            Trainee[PictureBatch](learner, learning),
+            pictures,
+            phase,
+            run,
+            options,
+            ledger,
+            resume_from=state,
+            started=started,
+            dtype=dtype,
+            ema_sink=average.append,
+            all_steps=all_steps,
+        ):
+            if progress.due and not progress.last:
+                quick = measure(autoencoder, held_out, NUM_QUICK, device)
+                run.log(step=ledger.total_step, phase=phase.name, **{f"val/{name}": value for name, value in quick.items()})
+            stopped = progress.last and progress.step < progress.steps
+        state = None
+        averages = dict(average[0].weights()) if average else {}
+        if stopped:
+            break
+
+    learner.load_state_dict({**learner.state_dict(), **averages})
+    autoencoder.eval()
+    if isinstance(autoencoder, KLAutoencoder):
+        autoencoder.fit_latent_scale(to_images(batch, device) for batch in pictures.batches(NUM_SCALE))
+    numbers = measure(autoencoder, held_out, NUM_VALIDATION, device)
+    run.log(step=ledger.total_step, phase=phases[ledger.phase].name, **{f"val/{name}": value for name, value in numbers.items()})
+    run.say(data.write_bad_samples(run.meta))
+    if not stopped and numbers.get("codebook_usage", 1.0) * (autoencoder.codebook_size or 2) < 2:
+        raise GuardError(
+            f"the codebook died: {numbers['codes']:,} codes of held-out pictures are all the same one",
+            hint=f"autoencoders.{plan.autoencoder}.quantizer: revive = 0.03 moves unused codes, decay = 0.99 makes the codebook follow",
+        )
+    tensors = {name: value for name, value in learner.state_dict().items() if name.startswith("autoencoders.")}
+    facts = {"steps": ledger.total_step, "samples": ledger.samples, "seed": options.seed, "ema": bool(averages), **numbers}
+    save_checkpoint(run.out, recipe, tensors, facts=facts)
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items() if name != "codes")
+    run.finish("stopped" if stopped else "done", f"{ledger.total_step} of {all_steps} steps; {shown}")
+
+
+@torch.no_grad()
+def measure(autoencoder: Autoencoder, pictures: Pictures, count: int, device: torch.device) -> Mapping[str, float | int]:
+    """Reconstruction numbers of the first `count` pictures, without training noise.
+
+    `psnr` in dB; with a codebook its usage and perplexity over `codes` codes; without, the standard deviation of the latents.
+    """
+    training = autoencoder.training
+    autoencoder.eval()
+    scores: list[float] = []
+    size = autoencoder.codebook_size
+    counts = np.zeros(size or 0, np.int64)
+    total = squares = number = 0.0
+    for batch in pictures.batches(count):
+        images = to_images(batch, device)
+        if size is not None:
+            codes = autoencoder.encode_codes(images)
+            counts += np.bincount(codes.flatten().cpu().numpy(), minlength=size)
+            rebuilt = autoencoder.decode_codes(codes)
+        else:
+            latents = autoencoder.encode(images)
+            total, squares, number = total + float(latents.sum()), squares + float(latents.square().sum()), number + latents.numel()
+            rebuilt = autoencoder.decode(latents)
+        scores += [psnr(to_pixels(image), pixels.numpy()) for image, pixels in zip(rebuilt, batch.pixels, strict=True)]
+    autoencoder.train(training)
+    numbers: dict[str, float | int] = {"psnr": float(np.mean(scores)), "pictures": len(scores)}
+    if size is not None:
+        return {**numbers, "codebook_usage": usage(counts), "perplexity": perplexity(counts), "codes": int(counts.sum())}
+    return {**numbers, "latent_std": float(np.sqrt(max(0.0, squares / number - (total / number) ** 2)))}

@@ -1,0 +1,301 @@
+"""tokenize: run each tokenizer once over the shards, and write its codes, latents or token ids beside what is there.
+
+Every field passes through byte for byte; each picture gets `<field>.codes` (h, w) or `<field>.latents` (c, h, w), each plain text
+`<field>.ids` (n,). Latents are float16 and scaled: the mean of the posterior, shifted and scaled to unit variance as the autoencoder
+was measured, which is what `decode` takes. The index says by fingerprint which tokenizer wrote a field, and the tokenizers travel with
+the data. Splits are mirrored. Samples are encoded in fixed groups of the index, so a run that was killed goes on to the same bytes.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.data.index import META, read_index
+from stages.data.sample import IMAGE_FORMATS, Sample
+from stages.data.shards import Shards, ShardWriter, open_shards, split_folders, stream_shards
+from stages.errors import DataError, UsageError
+from stages.files import write_atomic
+from stages.metrics.psnr import psnr
+from stages.options import RunOptions
+from stages.parts.autoencoders import Autoencoder
+from stages.parts.tokenizers import TextTokenizer
+from stages.parts.views.square import to_pixels, to_tensor
+from stages.run import Run
+from stages.training.checkpoint import copy_tokenizer, fingerprint, load_any_tokenizer, open_checkpoint
+from stages.training.loop import resolve_device
+
+GROUP = 64  # samples encoded at once
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tokenizer ready to run. `view` is how its recipe shows it pictures, None if as they are."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+    part: TextTokenizer | Autoencoder
+    view: Any = None
+
+    @property
+    def travelling_name(self) -> str:
+        return f"{self.name}-{self.fingerprint[:8]}"
+
+    def output(self, field: str) -> str:
+        """The field it writes for a field it reads."""
+        return f"{field}.ids" if isinstance(self.part, TextTokenizer) else f"{field}.{self.part.config.store}"
+
+    def reads(self, shards: Shards) -> list[str]:
+        """The fields of these shards that it encodes. UsageError where there are none."""
+        fields = shards.fields
+        if isinstance(self.part, TextTokenizer):
+            found = [field for field in self.part.config.fields if field in fields and fields[field]["suffix"] == "txt"]
+            what = f"a text tokenizer for plain texts called {', '.join(self.part.config.fields)}"
+        else:
+            found = [field for field in fields if fields[field]["suffix"] in IMAGE_FORMATS]
+            what = "an image tokenizer"
+        if not found:
+            raise UsageError(f"{self.folder} is {what}, and {shards.spec} has nothing for it", hint=f"its fields are {', '.join(fields)}")
+        return found
+
+
+def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options: RunOptions, check: int = 0) -> Path:
+    """Write shards with the fields every tokenizer adds, one folder a split where the input has splits. Returns `out`.
+
+    check: decode the first N samples of each split again, as they were written, and report the PSNR (or that texts came back exact).
+    """
+    device = resolve_device(options.device)
+    loaded = [load_tokenizer_folder(Path(folder), str(device)) for folder in tokenizers]
+    if not loaded:
+        raise UsageError("tokenize: no tokenizer", hint="name one with --tokenizer DIR; `mmgen pretrain-tokenizer` trains them")
+    splits = split_folders(shards) or {"": shards}
+    if str(out) == "-" and len(splits) > 1:
+        raise UsageError(
+            f"--out -: {shards} holds several splits ({', '.join(splits)}), a stream holds one",
+            hint=f"for example {next(iter(splits.values()))}",
+        )
+    spool = Path(tempfile.mkdtemp(prefix="mmgen-")) if str(out) == "-" else out / ".mmgen" / "input"
+    opened = {
+        split: open_shards(spec, on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction, spool=spool)
+        for split, spec in splits.items()
+    }
+    for data in opened.values():
+        plan_outputs(loaded, data)  # before anything is written
+    inputs = [
+        {"path": splits[split], "role": split or "data", "fingerprint": data.fingerprint, "provenance": data.provenance}
+        for split, data in opened.items()
+    ]
+    identity = {f"tokenizer {number + 1} ({tokenizer.name})": tokenizer.fingerprint for number, tokenizer in enumerate(loaded)}
+    with Run(out, stage="tokenize", options=options, kind="shards", identity=identity, inputs=inputs) as run:
+        if run.complete:
+            return out
+        counts = {split: _tokenize_split(data, loaded, run.out / split, split, run, options) for split, data in opened.items()}
+        for split in opened:
+            if check:
+                _report_check(run.out / split, loaded, check, split, run)
+        if run.streaming:
+            stream_shards(run.out, sys.stdout.buffer)
+        elif "" not in opened:
+            write_atomic(out / "README.md", _readme(out.resolve().name, opened, counts, loaded, options))
+        names = sorted({output for data in opened.values() for output in plan_outputs(loaded, data)})
+        run.finish(message=f"{sum(counts.values()):,} samples, each with {', '.join(names)}")
+    return out
+
+
+def load_tokenizer_folder(folder: Path, device: str) -> Loaded:
+    """A checkpoint of pretrain-tokenizer, ready to run. UsageError if it is none, or holds more than one tokenizer."""
+    recipe = open_checkpoint(folder).recipe
+    names = list(recipe.autoencoders) or list(recipe.tokenizers)
+    if len(names) != 1 or recipe.backbones:
+        raise UsageError(
+            f"{folder}: expected a checkpoint of one tokenizer, found one of recipe '{recipe.name}'",
+            hint="`mmgen pretrain-tokenizer` writes them",
+        )
+    views = [port.view for port in recipe.ports.values() if port.autoencoder == names[0] and port.view is not None]
+    return Loaded(names[0], folder, fingerprint(folder), load_any_tokenizer(folder, device), views[0] if views else None)
+
+
+def plan_outputs(loaded: Sequence[Loaded], shards: Shards) -> dict[str, tuple[Loaded, str]]:
+    """New field → (the tokenizer that writes it, the field it reads). UsageError where two write the same, or it is there already."""
+    plan: dict[str, tuple[Loaded, str]] = {}
+    for tokenizer in loaded:
+        for field in tokenizer.reads(shards):
+            output = tokenizer.output(field)
+            if output in plan:
+                raise UsageError(
+                    f"two tokenizers would write '{output}': {plan[output][0].folder} and {tokenizer.folder}",
+                    hint=f'train one with --set autoencoders.{tokenizer.name}.store="codes-2"',
+                )
+            if output in shards.fields:
+                raise UsageError(
+                    f"{shards.spec} has the field '{output}' already, written by tokenizer {str(shards.fields[output]['tokenizer'])[:8]}",
+                    hint="tokenize the shards without it",
+                )
+            plan[output] = (tokenizer, field)
+    return plan
+
+
+def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split: str, run: Run, options: RunOptions) -> int:
+    """Write one split, unless an earlier launch of this run has; returns how many samples it has."""
+    finished = read_index(folder)
+    if finished is not None:
+        return sum(entry.nsamples for entry in finished.shardlist)
+    plan, before = plan_outputs(loaded, data), data.fields
+    own = {output: tokenizer for output, (tokenizer, _) in plan.items()}
+    with tempfile.TemporaryDirectory(prefix="mmgen-") as temporary:
+        travelling = dict(data.tokenizers)
+        for tokenizer in loaded:
+            travelling[tokenizer.travelling_name] = Path(temporary) / tokenizer.travelling_name
+            copy_tokenizer(tokenizer.folder, travelling[tokenizer.travelling_name])
+        with ShardWriter(
+            folder,
+            name=data.index["name"],
+            split=split or data.index["split"],
+            provenance={
+                "stage": "tokenize",
+                "licence": data.provenance.get("licence"),
+                "tokenizers": {tokenizer.name: tokenizer.fingerprint for tokenizer in loaded},
+                "input": {"fingerprint": data.fingerprint, "provenance": data.provenance},
+            },
+            tokenizers=travelling,
+            field_tokenizers={name: entry["tokenizer"] for name, entry in before.items() if entry["tokenizer"]}
+            | {output: tokenizer.fingerprint for output, tokenizer in own.items()},
+            codebook_sizes={name: entry["codebook_size"] for name, entry in before.items() if entry.get("codebook_size")}
+            | {output: size for output, tokenizer in own.items() if (size := _codebook_size(tokenizer.part)) is not None},
+            resume=run.resuming,
+        ) as writer:
+            for sample in _encoded(data, plan, writer.num_written, run, options.limit, split):
+                writer.write(sample)
+    run.say(f"{split + ': ' if split else ''}{data.write_bad_samples(folder / META)}")
+    return writer.num_written
+
+
+def _codebook_size(part: TextTokenizer | Autoencoder) -> int | None:
+    return None if isinstance(part, TextTokenizer) else part.codebook_size
+
+
+def _encoded(
+    data: Shards, plan: Mapping[str, tuple[Loaded, str]], written: int, run: Run, limit: int | None, split: str
+) -> Iterator[Sample]:
+    """The samples with their new fields, from the one after `written` on. Bad samples are left out and accounted for."""
+    size = min(len(data), limit or len(data))
+    reads = sorted({field for _, field in plan.values()})
+    good = 0  # samples met so far that are written or will be
+    for start in range(0, size, GROUP):
+        if run.stopping:
+            run.raise_stop()
+        numbers, decoded = [], []
+        for i in range(start, min(start + GROUP, size)):
+            sample = data.read_or_skip(i, reads)
+            if sample is not None:
+                numbers.append(i)
+                decoded.append(sample)
+        good += len(numbers)
+        if good > written:
+            outputs: dict[str, list[np.ndarray]] = {
+                output: encode(tokenizer, decoded, field) for output, (tokenizer, field) in plan.items()
+            }
+            for place in range(max(0, written - (good - len(numbers))), len(numbers)):
+                unchanged = data.read_encoded(numbers[place])
+                yield Sample(
+                    unchanged.key, unchanged.fields | {output: values[place] for output, values in outputs.items()}, unchanged.source
+                )
+        run.status(step=min(start + GROUP, size), of=size, message=split)
+
+
+@torch.no_grad()
+def encode(tokenizer: Loaded, samples: Sequence[Sample], field: str) -> list[np.ndarray]:
+    """What one tokenizer makes of one field of each sample: int32 ids (n,), int32 codes (h, w) or float16 latents (c, h, w).
+
+    DataError names the sample whose picture does not divide into the autoencoder's grid.
+    """
+    part = tokenizer.part
+    if isinstance(part, TextTokenizer):
+        return [np.array(ids, np.int32) for ids in part.encode_batch([sample.fields[field] for sample in samples])]
+    device = part.last_layer.device
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    pictures = []
+    for place, sample in enumerate(samples):
+        picture = sample.fields[field] if tokenizer.view is None else tokenizer.view.apply(sample.fields[field])
+        try:
+            part.grid(*picture.shape[:2])
+        except DataError as error:
+            raise DataError(f"{sample.source}: {sample.key}: field '{field}': {error.message}", hint=error.hint) from None
+        pictures.append(to_tensor(picture))
+        by_size.setdefault(picture.shape, []).append(place)
+    outputs: list[np.ndarray] = [np.empty(0)] * len(samples)
+    for places in by_size.values():
+        images = torch.stack([pictures[place] for place in places]).to(device)
+        if part.codebook_size is not None:
+            found = part.encode_codes(images).to(torch.int32)
+        else:
+            found = part.encode(images).to(torch.float16)
+        for place, value in zip(places, found.cpu().numpy(), strict=True):
+            outputs[place] = value
+    return outputs
+
+
+@torch.no_grad()
+def _report_check(folder: Path, loaded: Sequence[Loaded], count: int, split: str, run: Run) -> None:
+    """Decode the first samples again, from the shards as they are on the disk."""
+    written = open_shards(str(folder))
+    where = f"{split}: " if split else ""
+    for tokenizer in loaded:
+        for field in tokenizer.reads(written):
+            output, part = tokenizer.output(field), tokenizer.part
+            samples = [written.read(i, [field, output]) for i in range(min(count, len(written)))]
+            if isinstance(part, TextTokenizer):
+                wrong = [
+                    sample.key for sample in samples if part.decode(sample.fields[output].tolist(), special=True) != sample.fields[field]
+                ]
+                if wrong:
+                    raise DataError(f"{folder}: '{output}' of {wrong[0]} (and {len(wrong) - 1} more) does not decode to its text")
+                run.say(f"check {where}{output}: {len(samples)} texts came back exact")
+                run.log(split=split, field=output, checked=len(samples), exact=len(samples))
+                continue
+            scores = []
+            for sample in samples:
+                value = torch.from_numpy(sample.fields[output]).unsqueeze(0).to(part.last_layer.device)
+                image = part.decode_codes(value.long()) if part.codebook_size is not None else part.decode(value.float())
+                picture = sample.fields[field] if tokenizer.view is None else tokenizer.view.apply(sample.fields[field])
+                scores.append(psnr(to_pixels(image[0]), picture))
+            run.say(f"check {where}{output}: PSNR {np.mean(scores):.2f} dB over {len(scores)} pictures")
+            run.log(split=split, field=output, checked=len(scores), psnr=float(np.mean(scores)))
+
+
+def _readme(title: str, opened: Mapping[str, Shards], counts: Mapping[str, int], loaded: Sequence[Loaded], options: RunOptions) -> str:
+    """The data card, with the splits as `datasets` reads them from it."""
+    first = next(iter(opened.values()))
+    licence = first.provenance.get("licence")
+    files = "\n".join(f"  - split: {split}\n    path: {split}/*.tar" for split in counts)
+    rows = "\n".join(f"| {split} | {count} |" for split, count in counts.items())
+    wrote = "\n".join(
+        f"- `{output}` from `{field}` by `{tokenizer.travelling_name}`"
+        for output, (tokenizer, field) in plan_outputs(loaded, first).items()
+    )
+    return f"""---
+{f"license: {licence}" if licence else "tags: [mmgen]"}
+configs:
+- config_name: default
+  data_files:
+{files}
+---
+
+# {title}
+
+The shards `{Path(first.spec).parent}` with what tokenizers made of them:
+
+{wrote}
+
+| split | samples |
+|---|---|
+{rows}
+
+Written by `{" ".join(options.command) or "mmgen tokenize"}`; the tokenizers are in `.mmgen/tokenizers/` of each split.
+"""
