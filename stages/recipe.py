@@ -158,15 +158,13 @@ class Task(Strict):
             yield from segment.segments if isinstance(segment, EachSpec) else (segment,)
 
     @property
-    def context_fields(self) -> frozenset[str]:
-        """Fields a prompt must have before this task can be asked of it."""
+    def prompt_fields(self) -> frozenset[str]:
+        """Fields a prompt must have before this task can be asked of it: all but those of the last target that has any."""
+        flat = [segment for segment in self.segments if isinstance(segment, SegmentSpec)]
+        targets = [segment for segment in self.flat() if segment.role == Role.TARGET and segment.fields]
         each = {segment.each for segment in self.segments if isinstance(segment, EachSpec)}
-        plain = {f for s in self.segments if isinstance(s, SegmentSpec) and s.role == Role.CONTEXT and not s.optional for f in s.fields}
+        plain = {name for segment in flat if segment not in targets[-1:] and not segment.optional for name in segment.fields}
         return frozenset(each | plain)
-
-    @property
-    def target_fields(self) -> frozenset[str]:
-        return frozenset(f for s in self.flat() if s.role == Role.TARGET for f in s.fields)
 
 
 class Phase(Strict):
@@ -491,8 +489,8 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
         port = recipe.ports[segment.port]
         if bool(segment.field) == bool(segment.text):
             raise RecipeError(f"{here}: a segment has either a field or a text ({segment.port})")
-        if segment.text and port.content != Content.TOKEN_IDS:
-            raise RecipeError(f"{here}: a literal text needs a port of token ids, '{segment.port}' has {port.content}")
+        if segment.text and not port.tokenizer:
+            raise RecipeError(f"{here}: a literal text needs a port with a tokenizer, '{segment.port}' has none")
         if segment.role == Role.TARGET and port.objective is None and port.enters == "sequence":
             raise RecipeError(f"{here}: '{segment.port}' is a target but ports.{segment.port} has no objective")
         mask = segment.mask or port.mask

@@ -161,13 +161,12 @@ class Writer:
 
     def needs(self, name: str) -> set[str]:
         """The fields a prompt must have for a task."""
-        task = self.recipe.tasks[name]
-        return set(task.context_fields)
+        return set(self.recipe.tasks[name].prompt_fields)
 
     def writes(self, name: str) -> bool:
         """Whether the last target of a task has a sampler, and a field to write."""
-        targets = [segment for segment in self.recipe.tasks[name].flat() if segment.role == Role.TARGET]
-        return bool(targets) and bool(targets[-1].fields) and bool(self.needs(name)) and targets[-1].port in self.recipe.sample
+        targets = [segment for segment in self.recipe.tasks[name].flat() if segment.role == Role.TARGET and segment.fields]
+        return bool(targets) and bool(self.needs(name)) and targets[-1].port in self.recipe.sample
 
     # asking
 

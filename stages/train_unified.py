@@ -85,6 +85,7 @@ def train_phases(
             filled = init_part(model, address, Path(folder))
             run.say(f"{', '.join(filled)} from {folder}")
         copy_experts(model, starts)
+        check_weights_come_from_somewhere(model, phases, starts)
         model.to(device)
         planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
         validation_data = open_validation(shards, val)
@@ -175,6 +176,18 @@ def copy_experts(model: Model, starts: Mapping[str, str]) -> None:
     for name, network in model.recipe.backbones.items():
         if network.expert_init == "copy" and any(covers(address, f"backbones.{name}.experts.{network.experts[0]}") for address in starts):
             model.backbones[name].copy_expert(network.experts[0])  # type: ignore[operator]
+
+
+def check_weights_come_from_somewhere(model: Model, phases: Sequence[Phase], starts: Mapping[str, str]) -> None:
+    """A part that no phase trains and no checkpoint fills would stay at random: the field's quietest mistake."""
+    for name, _ in model.named_parameters():
+        trained = any(any(covers(a, name) for a in phase.trainable) and not any(covers(a, name) for a in phase.frozen) for phase in phases)
+        if not trained and not any(covers(address, name) or name.startswith("ports.") for address in starts):
+            part = ".".join(name.split(".")[:2])
+            raise UsageError(
+                f"'{part}' is frozen in every phase and starts from nothing ({name} would stay at random)",
+                hint=f"--init {part}=DIR, a trained checkpoint",
+            )
 
 
 def check_fingerprints(recipe: Recipe, travelling: Travelling, data: Shards) -> None:

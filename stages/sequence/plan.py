@@ -96,15 +96,16 @@ class Planner:
     ) -> tuple[list[Segment], list[SegmentSpec]]:
         """What stands before the first thing the model is to write, and the specs that come from there on.
 
-        The last target of a task is always written, earlier ones only where the sample lacks their fields: a caption that carries
-        loss in training is given when it is there. `record` picks one entry of the task's list field, `drop` leaves out groups.
+        The last target that has a field is always written, earlier ones only where the sample lacks their fields: a caption that
+        carries loss in training is given when it is there. Literals after it are left out. `record` picks one entry of the task's
+        list field, `drop` leaves out groups.
         """
         filled = list(self._filled(self.recipe.tasks[task], sample, None, record=record, lenient=True))
-        targets = [place for place, (spec, _) in enumerate(filled) if spec.role == Role.TARGET]
+        targets = [place for place, (spec, _) in enumerate(filled) if spec.role == Role.TARGET and spec.fields]
         segments: list[Segment] = []
         rest: list[SegmentSpec] = []
         held = 0
-        for place, (spec, values) in enumerate(filled):
+        for place, (spec, values) in enumerate(filled[: targets[-1] + 1]):
             written = place == targets[-1] or (spec.role == Role.TARGET and any(self._lacks(spec, name, values) for name in spec.fields))
             if rest or written:
                 rest.append(spec)

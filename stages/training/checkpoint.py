@@ -202,8 +202,9 @@ def load_any_tokenizer(folder: Path, device: str = "cpu") -> TextTokenizer | Aut
 def init_part(model: Model, address: str, folder: Path) -> list[str]:
     """Start one part of a model from a checkpoint; returns the addresses that were filled.
 
-    `folder` may end in `#address` of the source part; without it the same address is tried, then the only part of the same
-    family that fits. On a network, the source's ports of the same name come along where their shapes fit (embedding, head).
+    `folder` may end in `#address` of the source part; without it the same address is tried, then the parts of the same family. A
+    network of several experts starts its first one from a dense source. With a network come the source's ports of the same name
+    (embedding, head) where their shapes fit.
     """
     text, _, source_address = str(folder).partition("#")
     path = Path(text)
@@ -218,11 +219,15 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
         if source_address
         else [address, *sorted({".".join(n.split(".")[:2]) for n in weights if n.startswith(family + ".")} - {address})]
     )
+    network = model.recipe.backbones.get(address.removeprefix("backbones.")) if family == "backbones" else None
     problem = ""
     for candidate in candidates:
         found = {address + name.removeprefix(candidate): value for name, value in weights.items() if covers(candidate, name)}
         if not found:
             continue
+        if network is not None:
+            found = first_expert_only(found, address, network.experts)
+            own = {name: value for name, value in own.items() if name in found or not is_other_expert(name, address, network.experts)}
         wrong = sorted(name for name in set(own) ^ set(found)) + sorted(n for n in set(own) & set(found) if own[n].shape != found[n].shape)
         if wrong:
             problem = problem or f"{candidate} does not fit: {len(wrong)} weights differ in name or shape, first {wrong[0]}"
@@ -238,6 +243,18 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
         f"--init {address}={path}: "
         + (problem or f"the checkpoint has no {family}; it holds: " + ", ".join(sorted({".".join(n.split(".")[:2]) for n in weights})))
     )
+
+
+def first_expert_only(found: dict[str, Tensor], address: str, experts: tuple[str, ...]) -> dict[str, Tensor]:
+    """A dense network's weights under the name of the first expert of a network that has several."""
+    dense = f"{address}.experts.main."
+    if len(experts) == 1 or not any(name.startswith(dense) for name in found):
+        return found
+    return {name.replace(dense, f"{address}.experts.{experts[0]}.", 1): value for name, value in found.items()}
+
+
+def is_other_expert(name: str, address: str, experts: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{address}.experts.{expert}.") for expert in experts[1:])
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
