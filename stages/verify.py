@@ -101,7 +101,7 @@ def _verify_place(place: Place, result: Verification, *, write_index: bool) -> N
     if not paths:
         result.findings.append(Finding(str(place.folder), 0, "unreadable", "no tars here"))
     listed = {entry.name: entry for entry in known.shardlist} if known else {}
-    if place.tars is None:
+    if place.tars is None and not write_index:
         for name in sorted(listed.keys() - {path.name for path in paths}):
             result.findings.append(Finding(str(place.folder / name), 0, "index", "missing, though the index lists it"))
 
@@ -163,7 +163,7 @@ def _verify_samples(
             if group.problem is not None:
                 member, offset, reason = group.problem
                 result.findings.append(Finding(str(path), offset, "misplaced", f"{member}: {reason}", group.key))
-            elif group.fields.keys() != expected:
+            elif not group.fields or group.fields.keys() != expected:
                 has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
                 message = f"{group.key}: has {has}; the other samples have {wants or 'none'}"
                 result.findings.append(Finding(str(path), group.span[0], "uneven", message, group.key))

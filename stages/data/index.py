@@ -146,13 +146,17 @@ class FieldTable:
 
     def add(self, name: str, form: str, data: bytes) -> None:
         """Take note of a value of field `name`, encoded as `form`. Raises DataError where its header is wrong."""
+        self.fields[name] = self.merged(name, form, data)
+
+    def merged(self, name: str, form: str, data: bytes) -> FieldInfo:
+        """What `add` would note."""
         known = self.fields.get(name)
         if known is not None and known.suffix == form and form in ("txt", "json"):
-            return
+            return known
         dtype, shape = describe_bytes(form, data)
         if known is None:
             tokenizer, codebook_size = self.tokenizers.get(name), self.codebook_sizes.get(name)
-            self.fields[name] = FieldInfo(suffix=form, dtype=dtype, shape=shape, tokenizer=tokenizer, codebook_size=codebook_size)
-        elif known.suffix != form or known.dtype != dtype or known.shape != shape:
-            seen = known.model_copy(update={"suffix": form, "dtype": dtype, "shape": shape})
-            self.fields[name] = merge_field(name, known, seen)
+            return FieldInfo(suffix=form, dtype=dtype, shape=shape, tokenizer=tokenizer, codebook_size=codebook_size)
+        if known.suffix == form and known.dtype == dtype and known.shape == shape:
+            return known
+        return merge_field(name, known, known.model_copy(update={"suffix": form, "dtype": dtype, "shape": shape}))

@@ -87,6 +87,8 @@ def _choose_split(place: Place, split: str | None) -> Place:
 
 
 def _locate_part(part: str, spool: Path | None) -> list[Place]:
+    if not part:
+        raise UsageError("SHARDS: an empty path")
     if part == "-":
         if spool is None:
             raise UsageError("SHARDS: standard input ('-') cannot be read here; write the shards to a folder first")
@@ -102,8 +104,6 @@ def _locate_part(part: str, spool: Path | None) -> list[Place]:
         return [Place(path)]
     if path.is_file():
         return _group([path])
-    if not part:
-        raise UsageError("SHARDS: an empty path")
     if "{" not in part:
         raise UsageError(f"SHARDS: {path} does not exist", hint=_nearest_path(path))
     paths = [Path(name).expanduser() for name in _expand(part)]

@@ -20,6 +20,7 @@ import json
 import math
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -368,9 +369,10 @@ _DECODER_ERRORS = (
 
 def _open_picture(form: str, data: bytes) -> Image.Image:
     # by class, because Image.open would offer the bytes to some forty formats that are no part of a shard
-    if form == "png":
-        return PngImageFile(io.BytesIO(data))
-    return JpegImageFile(io.BytesIO(data)) if form == "jpg" else WebPImageFile(io.BytesIO(data))
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of a broken EXIF block, which a viewer ignores
+        if form == "png":
+            return PngImageFile(io.BytesIO(data))
+        return JpegImageFile(io.BytesIO(data)) if form == "jpg" else WebPImageFile(io.BytesIO(data))
 
 
 @functools.cache
@@ -397,7 +399,8 @@ def _fast_jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
 def _orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; a viewer shows a picture with a broken EXIF block as it is."""
     try:
-        orientation = picture.getexif().get(_ORIENTATION, 1)
+        with warnings.catch_warnings(action="ignore"):
+            orientation = picture.getexif().get(_ORIENTATION, 1)
     except _DECODER_ERRORS:
         return 1
     return orientation if orientation in range(1, 9) else 1

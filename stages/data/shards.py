@@ -137,18 +137,19 @@ class ShardWriter:
         check_key(key)
         if key in self._all_keys:
             raise DataError(f"key '{key}': written before; keys are unique over a set")
-        members = []
+        members, infos = [], {}
         for name, value in sample.fields.items():
             try:
                 suffix, data = encode_field(name, value)
                 if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
                     raise DataError(f"field '{name}': {np.count_nonzero(~np.isfinite(value)):,} of {value.size:,} numbers are not finite")
-                self._table.add(name, suffix.rpartition(".")[2], data)
+                infos[name] = self._table.merged(name, suffix.rpartition(".")[2], data)
             except DataError as error:
                 raise DataError(f"key '{key}': {error.message}", hint=error.hint) from None
             members.append((suffix, data))
         members.sort()
         self._check_fields(key, [suffix for suffix, _ in members])
+        self._table.fields |= infos
         for suffix, data in members:
             member = member_bytes(f"{key}.{suffix}", data)
             self._buffer.append(member)
@@ -624,7 +625,7 @@ class Shards:
         good = []
         path = str(tar.path)
         for group in groups:
-            if group.problem is None and group.fields.keys() != expected:
+            if group.problem is None and (not group.fields or group.fields.keys() != expected):
                 has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
                 group.problem = (group.key, group.span[0], f"has {has}; the other samples have {wants or 'none'}")
             if group.problem is None:

@@ -76,15 +76,16 @@ def receive_stream(file: BinaryIO, spool: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / META).mkdir(parents=True)
     try:
-        first = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        raise DataError(f"standard input: not a tar: {error}") from None
-    if first.name == INDEX_MEMBER:
-        _receive_indexed(file, first.size, temporary)
-    else:
-        with open_atomic(temporary / "stdin-000000.tar") as tar:
-            tar.write(block)
-            shutil.copyfileobj(file, tar, _CHUNK)
+        first = _parse_header(block)
+        if first.name == INDEX_MEMBER:
+            _receive_indexed(file, first.size, temporary)
+        else:
+            with open_atomic(temporary / "stdin-000000.tar") as tar:
+                tar.write(block)
+                shutil.copyfileobj(file, tar, _CHUNK)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     replace_folder(temporary, spool)
     return spool
 
@@ -96,7 +97,7 @@ def _receive_indexed(file: BinaryIO, size: int, folder: Path) -> None:
     index = parse_index(text.decode("utf-8", "replace"), "standard input: index")
     bodies, files = _check_description(json.loads(text), len(index.shardlist))
 
-    header = tarfile.TarInfo.frombuf(_read(file, BLOCK), "utf-8", "strict")
+    header = _parse_header(_read(file, BLOCK))
     if header.name != FILES_MEMBER or header.size != sum(size for _, size in files):
         raise DataError(f"standard input: found the member '{header.name}' of {header.size:,} bytes, expected {FILES_MEMBER}")
     for name, size in files:
@@ -118,6 +119,13 @@ def _receive_indexed(file: BinaryIO, size: int, folder: Path) -> None:
         raise DataError("standard input: more members than the index lists")
     index.__pydantic_extra__.pop("stream", None)  # type: ignore[union-attr]
     index.write(folder)
+
+
+def _parse_header(block: bytes) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        raise DataError(f"standard input: not a tar: {error}") from None
 
 
 def _check_description(description: dict[str, Any], shards: int) -> tuple[list[int], list[tuple[str, int]]]:

@@ -29,7 +29,7 @@ _KINDS = {
 
 _OWNER = b"0000000\0" * 2  # uid, gid
 _MTIME = b"00000000000\0"
-_AFTER_TYPE = bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)  # no link, no owner's name, no device, no prefix
+_AFTER_TYPE = bytes(100) + b"ustar\x0000" + bytes(247)  # no link, owner, device or prefix
 _SUM_FIELD = 8 * ord(" ")  # the checksum counts itself as eight spaces
 
 
