@@ -23,7 +23,7 @@ from stages.parts.schedules import NOISE_SCHEDULES
 from stages.recipe import SegmentSpec
 from stages.sequence.pack import Cursor, continue_rows
 from stages.sequence.plan import PLACEHOLDER, Planner
-from stages.sequence.segment import Batch, Content, Layout, PortRows, Segment
+from stages.sequence.segment import Batch, Layout, PortRows, Segment
 
 UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode step draws none
 
@@ -85,59 +85,57 @@ class Session:
     # text
 
     def write_text(
-        self, spec: SegmentSpec, sampler: AutoregressiveConfig, active: Tensor, switch: Sequence[int] = ()
-    ) -> tuple[list[list[int]], Tensor]:
-        """Token ids for each active sample (b,), until the literal that ends the segment, or a token of `switch`, or max_tokens.
+        self, spec: SegmentSpec, sampler: AutoregressiveConfig, *, stop: Sequence[int], switch: Sequence[int] = (), guide: bool = True
+    ) -> tuple[list[list[int]], list[int]]:
+        """Token ids for each sample until a token of `stop` or `switch`, or max_tokens; and the token each sample ended with, or -1.
 
-        The ending token is written into the context but not returned; second result: the token each sample ended with, -1 for none.
+        A stop token joins the context but is not returned; a switch token (the marker of a picture) does neither: who writes the
+        picture writes its marker. Passes that drop the segment's group do not see it. Without `guide` the full condition decides.
         """
-        port = self.model.recipe.ports[spec.port]
-        stop = self.stop_token(spec)
-        ends = torch.tensor([*([stop] if stop is not None else []), *switch], dtype=torch.int64, device=self.device)
         expert = self.planner.expert_of(spec.port)
+        generators = self.generators()
         index, block, clock = (
             torch.tensor([getattr(c, name) for c in self.cursors], device=self.device) for name in ("index", "block", "clock")
         )
-        block = block + 1
-        written: list[Tensor] = []
-        alive = active.clone()
+        sees = torch.tensor([spec.group not in drop for drop in self.guide.drops for _ in range(self.b)], device=self.device)
+        stops, switches = (torch.tensor(list(ids), dtype=torch.int64, device=self.device) for ids in (stop, switch))
+        alive = torch.ones(self.b, dtype=torch.bool, device=self.device)
         ended = torch.full((self.b,), -1, dtype=torch.int64, device=self.device)
         uniforms = torch.empty(self.b, 0, device=self.device)
-        generators = self.generators()
         steps = torch.zeros_like(index)
+        written: list[Tensor] = []
         for place in range(sampler.max_tokens):
             if place % UNIFORMS == 0:
                 uniforms = sample_uniforms(generators, (UNIFORMS,), device=self.device)
-            logits = self.guided(self.model.predict(spec.port, self.last))
+            logits = self.guided(self.model.predict(spec.port, self.last)) if guide else self.model.predict(spec.port, self.last[: self.b])
             ids = sampler.choose(logits, uniforms[:, place % UNIFORMS])
-            written.append(torch.where(alive, ids, -1))
-            rows_alive = alive.repeat(self.passes)
+            stopping, switching = alive & torch.isin(ids, stops), alive & torch.isin(ids, switches)
+            ended = torch.where(stopping | switching, ids, ended)
+            written.append(torch.where(alive & ~stopping & ~switching, ids, -1))
+            alive = alive & ~switching
+            rows_on = alive.repeat(self.passes) & sees
             layout = Layout(
-                sample_id=torch.where(rows_alive, torch.zeros_like(index), -1)[:, None],
-                block_id=block[:, None],
+                sample_id=torch.where(rows_on, torch.zeros_like(index), -1)[:, None],
+                block_id=block[:, None] + 1,
                 index=(index + steps)[:, None],
-                full=torch.zeros_like(rows_alive)[:, None],
-                isolated=torch.zeros_like(rows_alive)[:, None],
+                full=torch.zeros_like(rows_on)[:, None],
+                isolated=torch.zeros_like(rows_on)[:, None],
                 positions=(clock + steps)[:, None, None].expand(-1, 1, 3),
                 expert_id=torch.full_like(index, expert)[:, None],
             )
-            finishing = alive & torch.isin(ids, ends)
-            ended = torch.where(finishing, ids, ended)
             hidden = self.model.backbone(self.model.embed_ids(spec.port, ids.repeat(self.passes)).unsqueeze(1), layout, self.cache)
             self.cache.commit(layout)
-            self.last = torch.where(rows_alive[:, None], hidden.squeeze(1), self.last)
-            steps = steps + rows_alive
-            alive = alive & ~finishing
+            self.last = torch.where(rows_on[:, None], hidden.squeeze(1), self.last)
+            steps = steps + rows_on
+            alive = alive & ~stopping
             if not bool(alive.any()):
                 break
-        assert port.content == Content.TOKEN_IDS
         moved = steps.tolist()
         self.cursors = [Cursor(c.index + n, c.block + (n > 0), c.clock + n) for c, n in zip(self.cursors, moved, strict=True)]
-        table = torch.stack(written, dim=1).tolist() if written else [[] for _ in range(self.b)]
-        return [[token for token in row if token >= 0 and token not in ends.tolist()] for row in table], ended
+        return [[token for token in row if token >= 0] for row in torch.stack(written, dim=1).tolist()], ended.tolist()
 
     def stop_token(self, spec: SegmentSpec) -> int | None:
-        """The token that ends a text segment: the first of the literal after its last field, else <eos>."""
+        """The token that ends a text segment: the first of the literal after its last field, if there is one."""
         tokenizer = self.planner.tokenizers[self.model.recipe.ports[spec.port].tokenizer]
         tail = PLACEHOLDER.split(spec.text)[-1] if spec.text else ""
         return tokenizer.encode(tail, special=True)[0] if tail else None

@@ -28,13 +28,15 @@ from stages.parts.views.square import to_pixels
 from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
 from stages.run import Run
 from stages.sequence.plan import PLACEHOLDER, Planner
-from stages.sequence.segment import Content, Role
+from stages.sequence.segment import Content, MaskKind, Role
 from stages.training.checkpoint import fingerprint, load_model, open_checkpoint
 from stages.training.loop import deterministic, resolve_device
 from stages.travelling import encode_picture, load_travelling
 
 GROUP = 64  # prompts that are written together; fixed, so that a batch never depends on ranks or limits
 PROMPT_KEY = "prompt"
+FREE = "free"  # the task without a recipe's task: the model decides where words end and pictures begin
+FREE_PARTS = 6
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ class Writer:
 
     def choose_tasks(self, fields: set[str], *, given_prompt: bool = False) -> None:
         """The tasks asked for, or all that the prompts fit and the model learned."""
+        if self.asked == [FREE]:
+            if not given_prompt:
+                raise UsageError("--task free answers one --prompt, not shards")
+            self.tasks = [FREE]
+            return
         for task in self.asked:
             if task not in self.recipe.tasks:
                 raise UsageError(f"--task {task}: recipe '{self.recipe.name}' has no such task", hint=nearest(task, self.recipe.tasks))
@@ -172,6 +179,11 @@ class Writer:
 
     def answer(self, group: Sequence[Sample], num_samples: int = 1) -> Iterator[Sample]:
         """Each prompt of a group with its answers, `num_samples` times."""
+        if self.tasks == [FREE]:
+            for entry in group:
+                written = self.write_freely(self.with_contents(entry))
+                yield Sample(entry.key, {**entry.fields, **{f"sample.{name}": value for name, value in written.items()}})
+            return
         ready = [self.with_contents(entry) for entry in group]
         outputs: dict[tuple[int, int], dict[str, Any]] = {}
         for task in self.tasks:
@@ -188,11 +200,12 @@ class Writer:
     def with_contents(self, entry: Sample) -> Sample:
         """A prompt with the codes or latents its tasks read, encoded here where the shards did not bring them."""
         fields = dict(entry.fields)
-        for task in self.tasks:
+        asked = self.recipe.tasks if self.tasks == [FREE] else self.tasks
+        for task in asked:
             for segment in self.recipe.tasks[task].flat():
                 port = self.recipe.ports[segment.port]
                 name = self.planner.field_of(segment) if segment.field else ""
-                if segment.role == Role.CONTEXT and port.autoencoder and name not in fields and segment.field in fields:
+                if port.autoencoder and name not in fields and segment.field in fields:
                     fields[name] = encode_picture(self.recipe, self.travelling, port.autoencoder, fields[segment.field])
         return replace(entry, fields=fields)
 
@@ -214,9 +227,9 @@ class Writer:
                     continue
                 assert job.record is not None
                 record = job.sample.fields[each][job.record]
-                truth = {f"truth_{name}" if name != "answer" else "truth": record[name] for name in fields if name in record}
-                entry = {**{k: v for k, v in record.items() if k not in fields}, **fields, **truth}
-                results.setdefault((place, job.number), {each: []})[each].append(entry)
+                truth = {"truth": record[name] for name in fields if name in record}
+                told = {name: value for name, value in record.items() if name not in fields}
+                results.setdefault((place, job.number), {each: []})[each].append({**told, **fields, **truth})
         return results
 
     def write(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -242,7 +255,9 @@ class Writer:
             sampler = self.sampler(segment.port)
             if port.content == Content.TOKEN_IDS:
                 assert isinstance(sampler, AutoregressiveConfig)
-                ids, _ = session.write_text(segment, sampler, torch.ones(len(jobs), dtype=torch.bool, device=session.device))
+                stop = session.stop_token(segment)
+                switch = [] if stop is not None else self._marker_ids(rest[place + 1 : place + 2])
+                ids, _ = session.write_text(segment, sampler, stop=[] if stop is None else [stop], switch=switch, guide=not more)
                 for entry, own in zip(fields, ids, strict=True):
                     entry[segment.fields[0]] = self.travelling.text[port.tokenizer].decode(own).strip()
                 continue
@@ -256,6 +271,54 @@ class Writer:
         if PLACEHOLDER.search(segment.text) or segment.field:
             raise RecipeError(f"the task '{jobs[0].task}' gives '{segment.field or segment.text}' after something the model writes")
         session.write(session.repeat([self.planner.literal(segment)] * len(jobs)))
+
+    @torch.no_grad()
+    def write_freely(self, prompt: Sample) -> dict[str, Any]:
+        """One answer in which the model itself decides what comes: words, and a picture wherever it predicts that one begins.
+
+        `reply` lists the parts in order, {"text": ...} or {"picture": "picture1"}; the pictures stand beside it. Only for networks
+        whose pictures have a supervised start marker.
+        """
+        pictures = {name: port for name, port in self.recipe.ports.items() if port.markers.supervised and name in self.recipe.sample}
+        pictures = {
+            name: port
+            for name, port in pictures.items()
+            if port.markers.before and (port.mask == MaskKind.CAUSAL or not port.markers.inside)
+        }
+        if not pictures:
+            raise UsageError(f"'{self.recipe.name}' never learned to begin a picture by itself", hint="name a task with --task")
+        name, port = next(iter(pictures.items()))
+        text = self.planner.text_port(port)
+        picture = SegmentSpec(port=name, field="image", role=Role.TARGET)
+        tokenizer = self.travelling.text[self.recipe.ports[text].tokenizer]
+        opening = self.planner.prompt_of([SegmentSpec(port=text, text="<bos>")], prompt)
+        given = [SegmentSpec(port=name, field="image")] if "image" in prompt.fields else []
+        context = self.planner.prompt_of([SegmentSpec(port=text, text="<bos>"), *given, SegmentSpec(port=text, field="prompt")], prompt)
+        sampler = self.sampler(name)
+        guide = sampler.guide({"prompt"})
+        capacity = FREE_PARTS * (self.sampler(text).max_tokens + self.grid(picture)[0] * self.grid(picture)[1] + 2)
+        passes = [context, *([opening] * (len(guide.drops) - 1))]
+        session = Session(self.model, self.planner, [Prompt(prompt.key, "free", passes)], guide, capacity, self.options.seed)
+        words = SegmentSpec(port=text, field="prompt", role=Role.TARGET, drop_group="prompt")
+        fields: dict[str, Any] = {"reply": []}
+        for _ in range(FREE_PARTS):
+            ids, ended = session.write_text(
+                words, self.sampler(text), stop=[tokenizer.special_id("<eos>")], switch=self._marker_ids([picture]), guide=False
+            )
+            if ids[0]:
+                fields["reply"].append({"text": tokenizer.decode(ids[0]).strip()})
+            if ended[0] not in self._marker_ids([picture]):
+                break
+            content = session.write_picture(picture, sampler, self.grid(picture), [True], commit=True)
+            label = f"picture{sum('picture' in part for part in fields['reply']) + 1}"
+            fields["reply"].append({"picture": label})
+            fields[label] = self.decode(port.autoencoder, content)[0]
+        return fields
+
+    def _marker_ids(self, following: Sequence[SegmentSpec]) -> list[int]:
+        """The token that says a picture begins, for the picture segments among `following`."""
+        markers = [self.planner.marker(self.recipe.ports[spec.port], spec, "before") for spec in following]
+        return [int(marker.payload[0]) for marker in markers if marker is not None]
 
     def sampler(self, port: str) -> Any:
         """How a port is sampled: as the recipe says, or greedily for text it says nothing about."""
@@ -310,7 +373,9 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
                 fields["image"] = np.asarray(picture.convert("RGB"))
         except OSError as error:
             raise DataError(f"{image}: not a picture that can be read ({error})") from None
-    if prompt is not None:
+    if prompt is not None and writer.asked == [FREE]:
+        fields["prompt"] = prompt
+    elif prompt is not None:
         for name in writer.asked or writer.recipe.tasks:
             if name not in writer.recipe.tasks:
                 continue

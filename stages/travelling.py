@@ -45,7 +45,7 @@ def find_tokenizers(recipe: Recipe, *sources: Mapping[str, Path] | Iterable[Path
     Within a source the folder that is called like the part wins, else the only one of the right kind. UsageError if none fits.
     """
     found: dict[str, Path] = {}
-    wanted = [("tokenizers", name, None) for name in recipe.tokenizers]
+    wanted: list[tuple[str, str, str | None]] = [("tokenizers", name, None) for name in recipe.tokenizers]
     wanted += [("autoencoders", name, config.store) for name, config in recipe.autoencoders.items()]
     for family, name, store in wanted:
         seen: list[str] = []

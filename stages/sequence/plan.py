@@ -8,7 +8,7 @@ The unconditional branch of guidance is planned by the very same path, so traini
 import random
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class Planner:
         dropped = self._draw_dropped(spec, rng)
         segments: list[Segment] = []
         held = 0
-        for segment_spec, values in self._filled(spec, sample, rng):
+        for segment_spec, values in self._filled(spec.segments, sample, rng):
             made = self._segments(segment_spec, values, dropped, sample)
             segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made else []
             held = 0 if made else held + self._ticks(segment_spec, values, dropped, sample)
@@ -100,7 +100,7 @@ class Planner:
         carries loss in training is given when it is there. Literals after it are left out. `record` picks one entry of the task's
         list field, `drop` leaves out groups.
         """
-        filled = list(self._filled(self.recipe.tasks[task], sample, None, record=record, lenient=True))
+        filled = list(self._filled(self.recipe.tasks[task].segments, sample, None, record=record, lenient=True))
         targets = [place for place, (spec, _) in enumerate(filled) if spec.role == Role.TARGET and spec.fields]
         segments: list[Segment] = []
         rest: list[SegmentSpec] = []
@@ -115,13 +115,23 @@ class Planner:
             held = 0 if made else held + self._ticks(spec, values, set(drop), sample)
         return segments, rest
 
+    def prompt_of(self, specs: list[SegmentSpec], sample: Sample) -> list[Segment]:
+        """The segments of a prompt that no task describes."""
+        return [segment for spec, values in self._filled(specs, sample, None) for segment in self._segments(spec, values, set(), sample)]
+
     # how
 
     def _filled(
-        self, task: Task, sample: Sample, rng: random.Random | None, *, record: int | None = None, lenient: bool = False
+        self,
+        entries: Iterable[SegmentSpec | EachSpec],
+        sample: Sample,
+        rng: random.Random | None,
+        *,
+        record: int | None = None,
+        lenient: bool = False,
     ) -> Iterator[tuple[SegmentSpec, Mapping[str, Any]]]:
         """The task's segments in order, each with the values its fields take: the sample's own, or those of a list's record."""
-        for entry in task.segments:
+        for entry in entries:
             if isinstance(entry, SegmentSpec):
                 if entry.optional and any(self._lacks(entry, name, sample.fields) for name in entry.fields):
                     continue

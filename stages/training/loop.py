@@ -89,7 +89,7 @@ class Ledger:
 def deterministic() -> None:
     """The same bits on every run of one machine; without filling fresh tensors, which would cost more than the rest."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module property, unknown to its stubs
 
 
 def resolve_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from stages.parts.config import PartConfig
-from stages.parts.layers import NORMS, GeluMLP, NormKind, SwiGLU, init_linear
+from stages.parts.layers import NORMS, GeluMLP, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
 
@@ -169,7 +169,7 @@ class Stack(nn.Module):
         """norms: ones · qkv: 1/sqrt(fan in) · out, down: the same over sqrt(2 · depth), so that the residual stream keeps its scale."""
         out_std = 1.0 / math.sqrt(2 * self.config.depth)
         for module in self.modules():
-            if isinstance(module, tuple(NORMS.values())):
+            if isinstance(module, RMSNorm | LayerNorm):
                 module.init_weights(generator)
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)

@@ -1,6 +1,6 @@
 """A linear head. For vocabularies that several ports share, only the asked slice of its rows is multiplied."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class LinearHead(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool, zero: bool, tied_to: nn.Module | None) -> None:
         super().__init__()
         self.out_dim, self.zero = out_dim, zero
-        self._tied = (tied_to,) if tied_to is not None else ()  # a tuple, so that the embedding is not registered twice
+        self._tied: tuple[Any, ...] = (tied_to,) if tied_to is not None else ()  # a tuple, so that the embedding is not registered twice
         if tied_to is None:
             self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
