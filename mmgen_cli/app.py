@@ -258,9 +258,7 @@ def train_unified(
     )
 
 
-@app.command(
-    "sample", **_told("Ask a model; the answers are shards.", "mmgen sample runs/show-o codes/val --task text-to-image --out samples")
-)
+@app.command("sample", **_told("Ask a model; the answers are shards.", "mmgen sample runs/show-o codes/val --task draw --out samples"))
 def sample(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or hf://org/name.")],

@@ -107,7 +107,8 @@ def _input(spec: str) -> Plan | str:
 
 
 def _checkpoint(folder: Path) -> Plan:
-    """What a checkpoint says about itself."""
+    """Which checkpoint this is."""
     from stages.training.checkpoint import describe_checkpoint
 
-    return describe_checkpoint(folder)
+    described = describe_checkpoint(folder)
+    return {"folder": str(folder), **{key: described[key] for key in ("recipe", "size", "parameters", "fingerprint")}}

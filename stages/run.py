@@ -104,6 +104,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 self._claim()
             except UsageError as error:
                 verdict["error"] = (error.message, error.hint)
+            except OSError as error:
+                verdict["error"] = (f"--out {self.out} cannot be written: {error.strerror}", "name another folder with --out")
         elif not self.options.overwrite:
             self.complete = (_read_json(self.meta / "status.json") or {}).get("state") == "done"
         verdict |= {"resuming": self.resuming, "complete": self.complete}

@@ -428,6 +428,50 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+RANK = """
+import os, sys
+import torch.distributed as dist
+from stages.errors import UsageError
+from stages.options import RunOptions
+from stages.run import Run
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]), world_size=2)
+for seed in (0, 0, 1):
+    try:
+        with Run(sys.argv[1], stage="align", options=RunOptions(seed=seed), kind="checkpoint") as run:
+            print(run.resuming, run.complete)
+            if not run.complete:
+                run.log(step=1)
+            dist.barrier()
+    except UsageError as error:
+        print(error.message.splitlines()[1].strip())
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_follow_the_verdict_of_rank_0(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", RANK, str(tmp_path / "out"), str(tmp_path / "meeting")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            command, cwd=root, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    answers = [rank.communicate(timeout=100) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], answers
+    assert [out.splitlines() for out, _ in answers] == [["False False", "False True", "seed: there 0, here 1"]] * 2
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert "align: done" in answers[0][1]
+    assert "align: done" not in answers[1][1]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written: Not a directory"), open_run(make(tmp_path / "file") / "out"):
+        pass
+
+
 def test_progress_goes_to_stderr_and_quiet_means_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (False, True):
         with Run(tmp_path / str(quiet), stage="align", options=RunOptions(quiet=quiet), kind="checkpoint") as run:

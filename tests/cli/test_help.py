@@ -17,6 +17,7 @@ from typer.testing import Result
 
 from mmgen_cli.app import app
 from stages.options import RunOptions
+from stages.recipe import load_recipe
 
 Invoke = Callable[..., Result]
 ROOT = Path(__file__).parent.parent.parent
@@ -158,6 +159,18 @@ def test_the_examples_of_mmgen_help_parse(invoke: Invoke, stages: dict[str, Any]
     for line in lines[1:]:  # `import` is in test_import.py
         answer = invoke(*shlex.split(line)[1:])
         assert (answer.exit_code, answer.stderr) == (0, ""), line
+
+
+def test_the_examples_name_recipes_phases_and_tasks_that_exist(invoke: Invoke) -> None:
+    pages = [invoke(*arguments, "--help").stdout for arguments in [[], *([name] for name in COMMANDS)]]
+    lines = {line.strip() for page in pages for line in page.split("Example:\n")[1].splitlines()}
+    trained = [shlex.split(line) for line in lines if "--recipe" in line]
+    assert {words[1] for words in trained} == {"pretrain-tokenizer", "align", "train-unified"}
+    for words in trained:
+        recipe = load_recipe(words[words.index("--recipe") + 1], size="tiny")
+        assert not recipe.phases or recipe.phases_for(words[1]), words  # a text tokenizer needs no phase
+    (sampled,) = {words[words.index("--task") + 1] for words in map(shlex.split, lines) if "--task" in words}
+    assert sampled in load_recipe("show-o", size="tiny").tasks
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
