@@ -253,7 +253,7 @@ def score_part(part: Part, setting: Setting, field_map: Mapping[str, str], optio
         if order is not None:
             others["shuffled"] = looked.metric.scores(looked.seen, [looked.expected[i] for i in order])
         for score in scores:
-            protocol = {**about, "prompts": prompts_hash(looked), **score.protocol}
+            protocol = {**about, "prompts": prompts_hash(looked), "samples": score.samples, **score.protocol}
             rows.append(row(name, score, part.split, protocol, None))
             for control, found in others.items():
                 if control == "untrained" or order is not None:

@@ -53,8 +53,9 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> Marku
     for tick in value_ticks:
         marks.append(el("line", {"class": "grid", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": f"{y(tick):.1f}", "y2": f"{y(tick):.1f}"}))
         marks.append(el("text", {"x": LEFT - 6, "y": f"{y(tick) + 3.5:.1f}", "text-anchor": "end"}, short(tick)))
+    marks.append(el("text", {"x": LEFT, "y": HEIGHT - BOTTOM + 16}, "step"))
     for tick in ticks(low_step, high_step, 4) if high_step > low_step else [low_step]:
-        if low_step <= tick <= high_step:
+        if x(tick) > LEFT + 34 and tick <= high_step:
             anchor = "end" if x(tick) > WIDTH - RIGHT - 14 else "middle"
             marks.append(el("text", {"x": f"{x(tick):.1f}", "y": HEIGHT - BOTTOM + 16, "text-anchor": anchor}, short(tick)))
     for line, kept in series:
@@ -79,35 +80,32 @@ def dot(style: str, x: float, y: float, radius: float, title: str) -> Markup:
 def sorted_bars(title: str, counts: Sequence[int]) -> Markup:
     """Counts, most frequent first, as one area against the flat line of equal use; the empty tail stays visible."""
     ordered = sorted(counts, reverse=True)
-    total, size = sum(ordered), len(ordered)
-    width, height, left, bottom = 720, 190, 46, 26
-    peak = max(1, ordered[0])
-    columns = min(size, width - left - 10)  # one bar a pixel at most; a bar is the mean of the codes it stands for
+    total, size, used = sum(ordered), len(ordered), sum(count > 0 for count in ordered)
+    peak, across = max(1, ordered[0]), WIDTH - LEFT - RIGHT
+    columns = min(size, across)  # one bar a pixel at most; a bar is the mean of the codes it stands for
     edges = [round(column * size / columns) for column in range(columns + 1)]
     heights = [sum(ordered[a:b]) / (b - a) for a, b in pairwise(edges)]
-    step = (width - left - 10) / columns
 
     def y(count: float) -> float:
-        return height - bottom - (height - bottom - 12) * count / peak
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * count / peak
 
-    outline = f"M{left},{height - bottom}" + "".join(f"V{y(h):.1f}H{left + (i + 1) * step:.1f}" for i, h in enumerate(heights))
-    equal = y(total / size)
-    used = sum(count > 0 for count in ordered)
     marks: list[Markup] = []
     for tick in ticks(0, peak, 3):
         if tick <= peak:
-            marks.append(el("line", {"class": "grid", "x1": left, "x2": width - 10, "y1": f"{y(tick):.1f}", "y2": f"{y(tick):.1f}"}))
-            marks.append(el("text", {"x": left - 6, "y": f"{y(tick) + 3.5:.1f}", "text-anchor": "end"}, short(tick)))
-    marks.append(el("path", {"class": "area s0", "d": outline + f"V{height - bottom}Z"}, el("title", {}, f"{used} of {size} codes occur")))
-    equal_line = {"class": "equal", "x1": left, "x2": width - 10, "y1": f"{equal:.1f}", "y2": f"{equal:.1f}"}
+            marks.append(el("line", {"class": "grid", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": f"{y(tick):.1f}", "y2": f"{y(tick):.1f}"}))
+            marks.append(el("text", {"x": LEFT - 6, "y": f"{y(tick) + 3.5:.1f}", "text-anchor": "end"}, short(tick)))
+    outline = f"M{LEFT},{HEIGHT - BOTTOM}" + "".join(f"V{y(h):.1f}H{LEFT + (i + 1) * across / columns:.1f}" for i, h in enumerate(heights))
+    marks.append(el("path", {"class": "area s0", "d": outline + f"V{HEIGHT - BOTTOM}Z"}, el("title", {}, f"{used} of {size} codes occur")))
+    equal = y(total / size)
+    equal_line = {"class": "equal", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": f"{equal:.1f}", "y2": f"{equal:.1f}"}
     marks.append(el("line", equal_line, el("title", {}, f"equal use: {short(total / size)} tokens a code")))
-    marks.append(el("text", {"x": width - 12, "y": f"{equal - 5:.1f}", "text-anchor": "end"}, "equal use"))
-    for tick in [0, *(t for t in ticks(0, size, 5) if 0 < t < size * 0.96), size]:
+    marks.append(el("text", {"x": WIDTH - RIGHT, "y": f"{equal - 5:.1f}", "text-anchor": "end"}, "equal use"))
+    for tick in [0, *(t for t in ticks(0, size, 4) if 0 < t < size * 0.9), size]:
         anchor = "start" if tick == 0 else "end" if tick == size else "middle"
-        place = f"{left + (width - left - 10) * tick / size:.1f}"
-        marks.append(el("text", {"x": place, "y": height - 9, "text-anchor": anchor}, short(tick)))
+        place = f"{LEFT + across * tick / size:.1f}"
+        marks.append(el("text", {"x": place, "y": HEIGHT - BOTTOM + 16, "text-anchor": anchor}, short(tick)))
     label = f"{title}: {used} of {size} codes occur in {total} tokens"
-    return el("svg", {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label}, marks)
+    return el("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": label}, marks)
 
 
 def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

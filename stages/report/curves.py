@@ -33,14 +33,14 @@ def curves(folders: Sequence[Folder]) -> list[Markup]:
     health = {name: lines for name, lines in charts.items() if name not in losses}
     parts: list[Markup] = []
     if losses:
-        shown = [loss_chart(name, lines, folders=len(trained)) for name, lines in losses.items()]
+        shown = [loss_chart(name, lines) for name, lines in losses.items()]
         linear = el("input", {"type": "radio", "name": "scale", "id": "linear", "class": "toggle first", "checked": True})
         log = el("input", {"type": "radio", "name": "scale", "id": "log", "class": "toggle second"})
         switch = [linear, el("label", {"for": "linear"}, "Linear"), log, el("label", {"for": "log"}, "Logarithmic")]
         parts.append(el("div", {"class": "group"}, switch, el("div", {"class": "charts"}, shown)))
         parts.append(key([line for lines in losses.values() for line in lines]))
     if health:
-        boxes = [chart_box(spoken(name), line_chart(spoken(name), lines), last(lines)) for name, lines in health.items()]
+        boxes = [chart_box(spoken(name), line_chart(spoken(name), lines), ends(lines)) for name, lines in health.items()]
         parts += [el("h3", {}, "How the run went"), el("div", {"class": "charts"}, boxes)]
     return parts
 
@@ -49,13 +49,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def loss_chart(name: str, lines: list[Line], *, folders: int) -> Markup:
+def loss_chart(name: str, lines: list[Line]) -> Markup:
     title = spoken(name)
     both = [
         el("div", {"class": "as-linear"}, line_chart(title, lines)),
         el("div", {"class": "as-log"}, line_chart(title, lines, log=True)),
     ]
-    return chart_box(title, both, last(lines) if folders == 1 else "")
+    return chart_box(title, both, ends(lines))
 
 
 def chart_box(title: str, drawing: Markup | list[Markup], beside: str = "") -> Markup:
@@ -63,9 +63,11 @@ def chart_box(title: str, drawing: Markup | list[Markup], beside: str = "") -> M
     return el("div", {"class": "chart"}, heading, drawing)
 
 
-def last(lines: list[Line]) -> str:
-    """Where the curves end, training then validation."""
-    return ", ".join(f"{'val ' if line.dashed else ''}{line.values[-1]:.4g}" for line in lines[:2])
+def ends(lines: list[Line]) -> str:
+    """Where the curves of a single run end, training then validation."""
+    if len({line.tone for line in lines}) > 1:
+        return ""
+    return ", ".join(f"{'val ' if line.dashed else ''}{line.values[-1]:.4g}" for line in lines)
 
 
 def key(lines: list[Line]) -> Markup:

@@ -46,7 +46,7 @@ def read_folders(paths: list[Path]) -> list[Folder]:
     found: dict[Path, Folder] = {}
     for path in paths:
         for folder in (path, path / "samples"):
-            if folder == path or (is_shards(folder) and (path / "results.json").exists()):
+            if folder == path or (holds_shards(folder) and (path / "results.json").exists()):
                 found.setdefault(folder.resolve(), read_folder(folder))
     folders = list(found.values())
     names = distinct_names([folder.path.resolve() for folder in folders])
@@ -61,7 +61,7 @@ def read_folder(path: Path) -> Folder:
         kind = "evaluation"
     elif (path / "config.json").exists() or (path / "state").is_dir() or (path / "run.json").exists():
         kind = "checkpoint"
-    elif is_shards(path) or any(is_shards(inner) for inner in path.iterdir()):
+    elif holds_shards(path):
         kind = "shards"
     else:
         hint = "report takes the folders that other stages wrote"
@@ -72,8 +72,9 @@ def read_folder(path: Path) -> Folder:
     return Folder(path, kind, record, status, metrics, tuple(results))
 
 
-def is_shards(path: Path) -> bool:
-    return path.is_dir() and ((path / ".mmgen" / "shardindex.json").exists() or any(path.glob("*.tar")))
+def holds_shards(path: Path) -> bool:
+    """Whether a folder holds tars, or is the parent of splits that do."""
+    return path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*/*.tar")))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,21 +128,25 @@ class Link:
 
 
 def chain(folders: list[Folder]) -> list[Link]:
-    """Every run the folders descend from, and the folders themselves, each once, inputs before what was made of them."""
+    """Every run the folders descend from, and the folders themselves, each once, inputs before what was made of them.
+
+    A record nests what was known of its inputs; where an input still lies where it was, its own run.json says more.
+    """
     links: dict[str, Link] = {}
 
     def visit(path: str, record: Mapping[str, Any], fingerprint: str) -> int:
         depth = 0
         for entry in inputs_of(record):
-            below = visit(str(entry.get("path", "")), entry.get("provenance") or {}, str(entry.get("fingerprint") or ""))
-            depth = max(depth, below + 1)
+            place, nested = str(entry.get("path") or ""), entry.get("provenance") or {}
+            own = record_at(place, made_before=record.get("started")) if not nested.get("command") else {}
+            depth = max(depth, 1 + visit(place, own or nested, str(entry.get("fingerprint") or "")))
         identity = identity_of(record) or f"{path} {fingerprint}"
         known = links.get(identity)
         if known is None:
             links[identity] = Link(path, record, fingerprint, depth)
-        else:  # the fuller record wins, the fingerprint is whichever is known, the longest way counts
+        else:  # the fuller record wins, path and fingerprint are whichever are known, the longest way counts
             fuller = record if len(record) > len(known.record) else known.record
-            links[identity] = Link(known.path, fuller, known.fingerprint or fingerprint, max(depth, known.depth))
+            links[identity] = Link(known.path or path, fuller, known.fingerprint or fingerprint, max(depth, known.depth))
         return depth
 
     for folder in folders:
@@ -151,9 +156,9 @@ def chain(folders: list[Folder]) -> list[Link]:
 
 
 def identity_of(record: Mapping[str, Any]) -> str:
-    """What two records of one run have in common, however much of it each tells; empty for a record that cannot be told from others."""
+    """What two records of one run have in common, however much of it each tells; empty for no record."""
     if not record.get("started"):
-        return json.dumps(record, sort_keys=True, default=str) if record else ""
+        return json.dumps({key: value for key, value in record.items() if key != "split"}, sort_keys=True) if record else ""
     return json.dumps([record.get("stage"), record.get("command"), record["started"]])
 
 
@@ -164,5 +169,18 @@ def inputs_of(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             for inner in value:
                 yield from inputs_of(inner)
         for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, Mapping) and "path" in entry and "fingerprint" in entry:
+            if isinstance(entry, Mapping) and "fingerprint" in entry and ("path" in entry or "provenance" in entry):
                 yield entry
+
+
+def record_at(path: str, *, made_before: str | None) -> dict[str, Any]:
+    """The run.json of the folder an input was read from (or of the parent of its splits); empty if there is none, or if it tells of
+    a run that ended after the input had been read."""
+    if not path or "::" in path or "//" in path:
+        return {}
+    for folder in (Path(path), Path(path).parent):
+        for file in (folder / ".mmgen" / "run.json", folder / "run.json"):
+            record = read_json(file)
+            if record and str(record.get("finished") or "9") <= str(made_before or "9"):
+                return record
+    return {}

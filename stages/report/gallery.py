@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from stages.data.scenes import Scene, SceneObject, described_scene, parse_caption, read_scene
 from stages.data.shards import open_shards, split_folders
+from stages.metrics.codebook import perplexity, usage
 from stages.metrics.psnr import is_reconstruction, psnr
 from stages.metrics.question_accuracy import plain
 from stages.report.chart import sorted_bars
@@ -181,10 +184,18 @@ def reconstruction_card(fields: Fields, pictures: Pictures) -> Markup | None:
 
 
 def codes_chart(made: Made) -> Markup:
-    used, size, tokens = sum(count > 0 for count in made.code_counts), len(made.code_counts), sum(made.code_counts)
-    beside = f"{used:,} of {size:,} codes occur in {tokens:,} tokens"
-    heading = el("h3", {}, "Tokens per code, most frequent first", el("span", {"class": "soft num"}, beside))
-    return el("figure", {"class": "chart wide"}, heading, sorted_bars("Tokens per code", made.code_counts))
+    counts = np.array(made.code_counts)
+    used, size, tokens = int((counts > 0).sum()), len(counts), int(counts.sum())
+    heading = el("h3", {}, "Tokens per code", el("span", {"class": "soft num"}, f"{used:,} of {size:,} codes occur"))
+    chart = el("figure", {"class": "chart"}, heading, sorted_bars("Tokens per code", made.code_counts))
+    facts = {
+        "From": made.folder.name,
+        "Tokens counted": f"{tokens:,}, {tokens / size:.1f} a code",
+        "Usage": f"{usage(counts):.3f} of the codes occur",
+        "Perplexity": f"{perplexity(counts):.1f}: as uneven as so many codes used equally",
+    }
+    entries = [el("div", {}, el("dt", {}, name), el("dd", {}, value)) for name, value in facts.items()]
+    return Markup(chart + el("dl", {"class": "facts-list"}, entries))
 
 
 def fill(samples: list[Fields], card: Callable[[Fields], Markup | None]) -> Iterator[Markup]:

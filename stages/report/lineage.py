@@ -20,7 +20,7 @@ def step(link: Link) -> Markup:
     if not record:  # an input no stage of ours wrote
         title = [el("b", {}, "Input"), " ", el("code", {}, link.path or "unknown")]
         return el("li", {}, title, facts(["not written by mmgen, so its history ends here", fingerprint_text(link.fingerprint)]))
-    command = list(record.get("command") or [])
+    command = list(record.get("command") or import_command(record))
     lasted = duration(record.get("started"), record.get("finished"))
     said = [
         str(record.get("started", "")).replace("T", " ").removesuffix("+00:00") + " UTC" if record.get("started") else "",
@@ -32,12 +32,22 @@ def step(link: Link) -> Markup:
     return el(
         "li",
         {},
-        el("b", {}, str(record.get("stage", "run")).replace("-", " ").capitalize()),
+        el("b", {}, str(record.get("stage") or ("import" if "importer" in record else "run")).replace("-", " ").capitalize()),
         " ",
         el("code", {"class": "soft"}, link.path),
         el("pre", {}, el("code", {}, command_text(command))) if command else None,
         facts(said),
     )
+
+
+def import_command(record: Mapping[str, Any]) -> list[str]:
+    """The command of an import that is known by its arguments only (shards keep these, a deleted run.json does not come back)."""
+    if "importer" not in record:
+        return []
+    arguments = dict(record.get("arguments") or {})
+    source = [str(arguments.pop("source"))] if arguments.get("source") is not None else []
+    flags = [word for name, value in arguments.items() if value is not None for word in ("--" + name.replace("_", "-"), str(value))]
+    return ["mmgen", "import", str(record["importer"]), *source, *flags]
 
 
 def facts(said: list[str]) -> Markup:
@@ -84,7 +94,14 @@ def machine(folders: list[Folder]) -> Markup | None:
     def add(title: str, values: list[str]) -> None:
         distinct = list(dict.fromkeys(value for value in values if value))
         if distinct:
-            entries.append(el("div", {}, el("dt", {}, title), [el("dd", {}, value) for value in distinct]))
+            entries.append(
+                el(
+                    "div",
+                    {"class": "wide" if title == "Versions" else None},
+                    el("dt", {}, title),
+                    [el("dd", {}, value) for value in distinct],
+                )
+            )
 
     machines = [record.get("machine") or {} for record in links]
     add("Machine", [str(entry.get("platform", "")) for entry in machines])
@@ -101,7 +118,8 @@ def machine(folders: list[Folder]) -> Markup | None:
 
 def processor(entry: Mapping[str, Any]) -> str:
     gpus = entry.get("gpus") or []
-    threads = f", {entry['threads']} threads used" if entry.get("threads") else ""
+    used = entry.get("threads")
+    threads = f", {used} thread{'s' if used > 1 else ''} used" if used else ""
     return f"{entry.get('processor', '?')}, {entry.get('cpus', '?')} CPUs{threads}" + "".join(f"; {name}" for name in gpus)
 
 

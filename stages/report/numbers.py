@@ -1,7 +1,7 @@
 """Scores on the page: the headline tiles, and a table for every metric in which a column holds one protocol and no other.
 
-Two numbers share a column only if they were measured in the same way: same prompts, same count, same resize filter, same reference,
-same feature network. What differs gets a column of its own with a footnote that says how. Sampling settings (guidance, steps, seed)
+Two numbers share a column only if they were measured in the same way: same prompts, same number of samples, same resize filter, same
+reference, same feature network. What differs gets a column of its own with a footnote that says how. Sampling settings (guidance, steps, seed)
 are part of a run, not of the measurement: they stand with the run's name.
 """
 
@@ -84,13 +84,15 @@ def words(metric: str) -> Words:
 def protocol_of(row: Row) -> str:
     """What must be equal for two numbers to share a column, as canonical JSON."""
     measured = {name: value for name, value in row.get("protocol", {}).items() if name != "sampling"}
-    return json.dumps([row["metric"], row["category"], row["split"], row["n"], measured], sort_keys=True)
+    return json.dumps([row["metric"], row["category"], row["split"], measured], sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One category under one protocol; cells[(run, control)] is the row of results.json that belongs there."""
+    """One category of a metric on a split under one protocol; cells[(run, control)] is the row of results.json that belongs there."""
 
+    metric: str
+    split: str
     category: str
     protocol: str
     cells: dict[tuple[str, str | None], Row]
@@ -98,7 +100,7 @@ class Column:
 
 def columns_of(folders: list[Folder], metric: str, split: str) -> list[Column]:
     """Every (category, protocol) of a metric on a split, in the order first met. A control joins the column of its own model's number:
-    it is measured in the same way, over what it had (`n` may differ where questions had no partner)."""
+    it is measured in the same way, over what it had (a question may have had no partner to be shuffled with)."""
     columns: dict[tuple[str, str], Column] = {}
     for folder in folders:
         rows = [row for row in folder.results if row["metric"] == metric and row["split"] == split]
@@ -106,7 +108,7 @@ def columns_of(folders: list[Folder], metric: str, split: str) -> list[Column]:
         for row in rows:
             protocol = own.get(row["category"])
             if protocol is not None and row["value"] is not None:
-                column = columns.setdefault((row["category"], protocol), Column(row["category"], protocol, {}))
+                column = columns.setdefault((row["category"], protocol), Column(metric, split, row["category"], protocol, {}))
                 column.cells[folder.name, row["control"]] = row
     order = list(dict.fromkeys(column.category for column in columns.values()))
     return sorted(columns.values(), key=lambda column: order.index(column.category))
@@ -287,10 +289,23 @@ def tall_table(folder: Folder, metric: str, columns: list[Column]) -> Markup:
     return el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body))
 
 
-def wide_table(folders: list[Folder], columns: list[Column]) -> Markup:
+def glance(folders: list[Folder]) -> Markup | None:
+    """Several runs at once: the leading number of every metric, a row a run, a column a protocol."""
+    evaluated = [folder for folder in folders if folder.results]
+    columns = [column for metric, split in metrics_of(evaluated) for column in columns_of(evaluated, metric, split)]
+    leading = [column for column in columns if column.category == (words(column.metric).lead or column.category)]
+    if not leading:
+        return None
+    titles = {column: words(column.metric).title + (f", {column.split}" if column.split else "") for column in leading}
+    return el("div", {"class": "scroll", "tabindex": 0}, wide_table(evaluated, leading, titles))
+
+
+def wide_table(folders: list[Folder], columns: list[Column], titles: dict[Column, str] | None = None) -> Markup:
+    """Several runs: a row for each, and for each of its controls; a column for each category and protocol."""
     marks = footnote_marks(columns)
     head = [el("th", {"scope": "col"}, "run")]
-    head += [el("th", {"scope": "col"}, label(column.category), mark(marks[column])) for column in columns]
+    said = {column: titles[column] if titles else label(column.category) for column in columns}
+    head += [el("th", {"scope": "col"}, said[column], mark(marks[column])) for column in columns]
     body = []
     for folder in folders:
         for control in (None, *CONTROLS):
@@ -302,8 +317,8 @@ def wide_table(folders: list[Folder], columns: list[Column]) -> Markup:
                 row = column.cells.get((folder.name, control))
                 interval = el("span", {"class": "interval"}, interval_text(row)) if row and control is None else None
                 cells.append(el("td", {"class": "num"}, figure(row["value"], row) if row else "", interval))
-            said = sampling_text(folder) if control is None else ""
-            title = el("th", {"scope": "row"}, who, el("span", {"class": "interval"}, said) if said else None)
+            sampled = sampling_text(folder) if control is None else ""
+            title = el("th", {"scope": "row"}, who, el("span", {"class": "interval"}, sampled) if sampled else None)
             body.append(el("tr", {"class": "control" if control else None}, title, cells))
     chances = [next((row for row in column.cells.values() if row.get("chance") is not None), None) for column in columns]
     if any(row is not None for row in chances):
@@ -327,15 +342,14 @@ def sampling_text(folder: Folder) -> str:
 
 def footnote_marks(columns: list[Column]) -> dict[Column, str]:
     """A letter for every protocol of a category that was measured in more than one way; nothing where all agree."""
-    by_category: dict[str, list[str]] = {}
+    same: dict[tuple[str, str, str], list[str]] = {}
     for column in columns:
-        by_category.setdefault(column.category, []).append(column.protocol)
-    return {
-        column: "abcdefghijklmnopqrstuvwxyz"[by_category[column.category].index(column.protocol) % 26]
-        if len(by_category[column.category]) > 1
-        else ""
-        for column in columns
-    }
+        same.setdefault((column.metric, column.split, column.category), []).append(column.protocol)
+    marks = {}
+    for column in columns:
+        protocols = same[column.metric, column.split, column.category]
+        marks[column] = "abcdefghijklmnopqrstuvwxyz"[protocols.index(column.protocol) % 26] if len(protocols) > 1 else ""
+    return marks
 
 
 def mark(letter: str) -> Markup | None:

@@ -7,7 +7,7 @@ from stages.files import write_atomic
 from stages.report import gallery, numbers
 from stages.report.chart import short
 from stages.report.curves import curves
-from stages.report.folders import Folder, chain, is_shards, read_folders
+from stages.report.folders import Folder, chain, read_folders
 from stages.report.html import Child, Markup, el
 from stages.report.lineage import machine, provenance
 from stages.report.pictures import Pictures
@@ -31,8 +31,8 @@ def page(folders: list[Folder]) -> str:
     sections = list(sections_of(folders))
     links = [el("a", {"href": f"#{anchor}"}, name) for anchor, name, _, _ in sections]
     evaluated = [folder for folder in folders if folder.results]
-    headline = numbers.tiles(evaluated[0]) if len(evaluated) == 1 else None
-    with_strips = headline is not None and any(numbers.is_share(row) for row in numbers.headline_rows(evaluated[0]))
+    headline = numbers.tiles(evaluated[0]) if len(evaluated) == 1 else numbers.glance(folders)
+    with_strips = len(evaluated) == 1 and any(numbers.is_share(row) for row in numbers.headline_rows(evaluated[0]))
     body = [
         el(
             "header",
@@ -69,7 +69,7 @@ def section(anchor: str, title: str, intro: str, content: Child) -> Markup:
 
 def sections_of(folders: list[Folder]) -> list[Section]:
     pictures = Pictures()
-    sources = [folder for folder in folders if folder.kind == "shards" or is_shards(folder.path)]
+    sources = [folder for folder in folders if folder.kind == "shards"]
     made = [gallery.look_through(folder, limit=max(6, 12 // max(1, len(sources)))) for folder in sources]
     several = len(made) > 1
 
@@ -90,6 +90,7 @@ def sections_of(folders: list[Folder]) -> list[Section]:
 
     tables = numbers.results(folders)
     codes = [gallery.codes_chart(entry) for entry in made if entry.code_counts]
+    usage = el("div", {"class": "charts"}, codes) if codes else None
     verdicts = any(fields.get("scene") for entry in made for fields in entry.drawn)
     judged = "Each card: the prompt, the real picture, what the model drew" + (
         ", and the reader's verdict on every object." if verdicts else "."
@@ -121,7 +122,7 @@ def sections_of(folders: list[Folder]) -> list[Section]:
             tables,
         ),
         ("curves", "Training curves", "", curves(folders)),
-        ("codebook", "Codebook usage", "How often each code occurs; a flat area would be equal use.", codes),
+        ("codebook", "Codebook usage", "How often each code occurs; a flat area would be equal use.", usage),
         (
             "layout",
             "Sequence layout and mask",

@@ -47,6 +47,7 @@ section { padding-top: 52px; }
 section > .intro { color: var(--soft); max-width: 62em; margin-top: 6px; }
 section > h3, .group > h3 { margin-top: 30px; }
 .group { margin-top: 8px; }
+header > .scroll { margin-top: 30px; }
 
 /* headline numbers */
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: 16px; margin-top: 34px; }
@@ -78,10 +79,11 @@ section > h3, .group > h3 { margin-top: 30px; }
 .scroll { overflow-x: auto; margin-top: 14px; border: 1px solid var(--rule); border-radius: 12px; background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 8px 16px; text-align: right; vertical-align: middle; border-top: 1px solid var(--rule); white-space: nowrap; }
+tbody th .interval { white-space: normal; max-width: 250px; margin-top: 2px; }
 thead th { border-top: 0; font-weight: 600; font-size: 13px; color: var(--soft); background: var(--wash); vertical-align: bottom; }
 th:first-child { text-align: left; font-weight: 550; position: sticky; left: 0; background: var(--card); z-index: 1; }
 thead th:first-child { background: var(--wash); }
-td .interval { display: block; font-size: 12px; color: var(--soft); line-height: 1.2; }
+td .interval, th .interval { display: block; font-weight: 400; font-size: 12px; color: var(--soft); line-height: 1.2; }
 td.strip-cell { width: 30%; }
 tr.total th, tr.total td.score { font-weight: 680; }
 td.score { font-size: 15px; } td.interval-cell { color: var(--soft); font-size: 13px; padding-left: 0; }
@@ -150,7 +152,9 @@ svg .line { stroke: var(--tone); } svg .dot, svg .area { fill: var(--tone); }
 .chain > li:last-child { padding-bottom: 0; } .chain > li:last-child::after { display: none; }
 .chain pre { margin: 7px 0 0; padding: 9px 12px; background: var(--wash); border-radius: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .chain .facts { color: var(--soft); font-size: 13px; margin-top: 6px; overflow-wrap: anywhere; }
-.machine { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 8px 28px; margin-top: 18px; font-size: 14px; }
+.machine { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 14px 28px; margin-top: 32px; padding-top: 22px; border-top: 1px solid var(--rule); font-size: 14px; }
+.machine .wide { grid-column: 1 / -1; }
+.facts-list { display: grid; gap: 14px; align-content: center; font-size: 14px; padding: 0 8px; } .facts-list dt { color: var(--soft); font-size: 13px; }
 .machine dt { color: var(--soft); font-size: 13px; } .machine dd { overflow-wrap: anywhere; }
 details.recipe { margin-top: 18px; } details.recipe summary { cursor: pointer; color: var(--accent); }
 details.recipe pre { background: var(--wash); border-radius: 8px; padding: 14px; overflow-x: auto; max-height: 520px; }
@@ -163,7 +167,7 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
   section { padding-top: 42px; }
   .cards, .charts { grid-template-columns: minmax(0, 1fr); }
   .cards.narrow { grid-template-columns: 1fr 1fr; gap: 10px; } .cards.narrow .card { padding: 10px; }
-  th, td { padding: 8px 10px; }
+  th, td { padding: 8px 10px; } tbody th { white-space: normal; min-width: 118px; }
   .qa { grid-template-columns: 92px 1fr; gap: 12px; }
   nav { flex-wrap: nowrap; overflow-x: auto; gap: 18px; margin-right: -16px; scrollbar-width: none; }
   nav a { white-space: nowrap; }
