@@ -153,7 +153,7 @@ def walk(archive: bytes | mmap.mmap) -> Walk:
             found.rejected.append((repr(raw), entry, "its name is not UTF-8"))
         else:
             if kind in b"0\x007" and not name.endswith("/"):
-                if any(keyword.startswith("GNU.sparse") for keyword in extended):
+                if extended and any(keyword.startswith("GNU.sparse") for keyword in extended):
                     found.rejected.append((name, entry, f"{_KINDS[b'S']}, not a regular file"))
                 else:
                     found.members.append(Member(name, entry, start, size))
@@ -178,7 +178,7 @@ def _check_header(header: bytes) -> tuple[str, int]:
 
 def _octal(digits: bytes) -> int | None:
     try:
-        return int(digits.strip(b" \0") or b"0", 8)
+        return int(digits.rstrip(b" \0") or b"0", 8)
     except ValueError:
         return None
 
