@@ -37,5 +37,5 @@ def short_count(count: float | None) -> str:
         return "-"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.1f}{letter}"
+            return f"{count / size:.{2 if letter == 'B' else 1}f}{letter}"
     return f"{count:.0f}"
