@@ -45,10 +45,10 @@ def oracle(sample: Sample) -> dict[str, Any]:
 
 
 def write(folder: Path, samples: list[Sample], made: Callable[[Sample], dict[str, Any]] = oracle, recipe: str = "") -> Path:
-    with Run(folder, stage="sample", options=OPTIONS, kind="shards", resolved_recipe=recipe):
-        with ShardWriter(folder, name="samples") as writer:
-            for sample in samples:
-                writer.write(Sample(sample.key, {**sample.fields, **made(sample)}, sample.source))
+    run = Run(folder, stage="sample", options=OPTIONS, kind="shards", resolved_recipe=recipe)
+    with run, ShardWriter(folder, name="samples") as writer:
+        for sample in samples:
+            writer.write(Sample(sample.key, {**sample.fields, **made(sample)}, sample.source))
     return folder
 
 
@@ -127,7 +127,7 @@ def test_foreign_samples_are_renamed_and_their_truth_is_found_by_key(tmp_path):
 
 def test_samples_without_outputs_are_an_error_that_lists_their_fields(tmp_path):
     write(tmp_path / "data", scenes(3), lambda sample: {})
-    with pytest.raises(UsageError, match="no metric applies.*caption, captions, image"):
+    with pytest.raises(UsageError, match=r"no metric applies.*caption, captions, image"):
         evaluate(str(tmp_path / "data"), None, tmp_path / "scores", OPTIONS)
 
 

@@ -1,5 +1,7 @@
 """The report: one page from a whole simulated project, from the import on. Numbers that do not compare never share a column."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -26,6 +28,7 @@ from stages.report.folders import chain, distinct_names, read_folders
 from stages.report.gallery import look_through, verdict
 from stages.report.html import el
 from stages.report.numbers import columns_of
+from stages.report.pictures import Pictures
 from stages.run import Run
 
 RECIPE = """name = "show-o"
@@ -305,15 +308,20 @@ def test_the_same_folders_give_the_same_page(project, tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_large_pictures_are_shrunk_until_the_budget_is_used(tmp_path):
-    noise = np.random.default_rng(0)
-    with ShardWriter(tmp_path / "samples") as writer:
-        for index in range(40):
-            pictures = noise.integers(0, 256, (2, 300, 420, 3), dtype=np.uint8)
-            writer.write(Sample(f"{index:03d}", {"image": pictures[0], "sample.image": pictures[1], "meta": {"tasks": ["reconstruct"]}}))
-    html = report([tmp_path / "samples"], tmp_path / "page.html").read_text()
-    assert len(html) < 3_000_000
-    assert {(image["width"], image["height"]) for image in Page(html).all("img")} == {("128", "91")}
+def test_large_pictures_are_shrunk_and_small_ones_keep_their_pixels():
+    large, small = (np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((300, 420), (20, 24)))
+    pictures = Pictures()
+    assert 'width="128" height="91"' in str(pictures.img(large, "noise"))
+    source = re.findall(r'base64,([^"]*)"', str(pictures.img(small, "noise")))[0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))), small)
+
+
+def test_pictures_stop_where_the_budget_is_used_up():
+    small = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    pictures = Pictures(budget=5000)
+    made = [pictures.img(small, "noise") for _ in range(6)]
+    assert 0 < sum(entry is not None for entry in made) < 6
+    assert sum(len(str(entry)) for entry in made if entry) < 5000 + 6 * 120
 
 
 # --- the pieces -----------------------------------------------------------------------------------------------------------------

@@ -34,4 +34,4 @@ class Pictures:
         self.budget -= len(data)
         kind = "pixelated" if max(height, width) <= PIXELATED else None
         source = f"data:image/png;base64,{data}"
-        return el("img", {"src": source, "alt": alt, "width": width, "height": height, "class": kind, "loading": "lazy"})
+        return el("img", {"src": source, "alt": alt, "width": image.width, "height": image.height, "class": kind, "loading": "lazy"})
