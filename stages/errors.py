@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 
 
+SHOWN = 16  # choices listed in an error message
+
+
 class MmgenError(Exception):
     """An error that is explained in one screen, without a traceback. `exit_code` follows the table in `mmgen --help`."""
 
@@ -49,4 +52,5 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "choose one of: " + ", ".join(options) if options else "there are none"
+    shown = ", ".join(options[:SHOWN]) + (f" and {len(options) - SHOWN} more" if len(options) > SHOWN else "")
+    return f"choose one of: {shown}" if options else "there are none"

@@ -26,7 +26,7 @@ def describe(path: str, key: str | None = None) -> Description:
     Raises UsageError for a path that does not exist or a key that is not there, DataError for damaged shards.
     """
     folder = Path(path).expanduser()
-    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+    if (folder / "config.json").is_file() and (folder / "recipe.toml").is_file():
         if key is not None:
             raise UsageError(f"{path}: a checkpoint has no samples, so no key '{key}'")
         from stages.training.checkpoint import describe_checkpoint

@@ -16,7 +16,6 @@ class RunOptions:
     limit: int | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
-    workers: int = 0
     overwrite: bool = False
     on_bad_sample: str = "skip"
     max_bad_fraction: float = 0.01

@@ -5,8 +5,11 @@ fields of its prompt, so `eval` needs nothing else. The random numbers of an ans
 prompts are taken in fixed groups of the index, so the same answers come out whatever else is asked.
 """
 
+import atexit
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +78,7 @@ def sample(
     device = resolve_device(options.device)
     folder = resolve(str(model))
     writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained)
-    source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options)
+    source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options, out)
     first = source[0]
     writer.choose_tasks(set(first.fields), given_prompt=prompts is None)
     names = ", ".join(writer.tasks)
@@ -357,9 +360,12 @@ class Writer:
         return [to_pixels(picture) for picture in decode(content)]
 
 
-def open_prompts(spec: str, options: RunOptions) -> Shards:
-    """Prompt shards; of a parent of splits, `val`."""
-    return open_shards(spec, split="val", on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction)
+def open_prompts(spec: str, options: RunOptions, out: Path | str) -> Shards:
+    """Prompt shards; of a parent of splits, `val`. What comes through a pipe is spooled beside the result."""
+    spool = Path(tempfile.mkdtemp(prefix="mmgen-")) if str(out) == "-" else Path(out) / ".mmgen" / "input"
+    if str(out) == "-":
+        atexit.register(shutil.rmtree, spool, ignore_errors=True)
+    return open_shards(spec, split="val", on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction, spool=spool)
 
 
 def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> list[Sample]:

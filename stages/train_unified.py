@@ -88,6 +88,7 @@ def train_phases(
         check_weights_come_from_somewhere(model, phases, starts)
         model.to(device)
         planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
+        planner.trust_ids({name: entry.get("tokenizer") for name, entry in data.fields.items()})
         validation_data = open_validation(shards, val)
         ledger, state = resume_ledger(run, options, dtype)
         all_steps = sum(phase.steps for phase in phases)
@@ -140,6 +141,7 @@ def train_phases(
             "tokens": ledger.tokens,
             "seed": options.seed,
             "ema": bool(averages),
+            "grids": picture_grids(recipe, planner, data),
         }
         save_checkpoint(out, recipe, weights, tokenizers=travelling.folders, facts=facts)
         run.finish("stopped" if stopped else "done", f"{ledger.total_step} of {all_steps} steps, {ledger.samples:,} samples")

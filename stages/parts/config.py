@@ -26,7 +26,7 @@ def parse_part(family: Mapping[str, type[Config]], table: Any, address: str) -> 
     Raises RecipeError that names the address, the key and the nearest valid name.
     """
     if not isinstance(table, Mapping):
-        raise RecipeError(f"{address}: expected a table such as {{ kind = \"{next(iter(family))}\" }}, found {table!r}")
+        raise RecipeError(f'{address}: expected a table such as {{ kind = "{next(iter(family))}" }}, found {table!r}')
     if "kind" not in table:
         raise RecipeError(f"{address}: `kind` is missing", hint=nearest("", family))
     kind = table["kind"]

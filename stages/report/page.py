@@ -1,9 +1,13 @@
 """The page itself: what stands where. A section without content is left out; the order is from the answer to its reasons."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from stages.draw import draw_svg
+from stages.errors import RecipeError
 from stages.files import write_atomic
+from stages.recipe import load_recipe
 from stages.report import gallery, numbers
 from stages.report.chart import short
 from stages.report.curves import curves
@@ -215,4 +219,16 @@ def recipes(folders: list[Folder]) -> list[Markup]:
 
 
 def layouts(folders: list[Folder]) -> list[Markup]:
-    return []
+    """The drawing of every network's recipe, made by the code that runs it."""
+    drawings = []
+    for toml, recipe in recipes_of(folders).items():
+        if recipe.get("ports"):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "recipe.toml"
+                file.write_text(toml, encoding="utf-8")
+                try:
+                    drawing: Child = Markup(draw_svg(load_recipe(file)))
+                except RecipeError as error:  # written by another version
+                    drawing = el("p", {}, f"This recipe cannot be drawn: {error.message.replace(str(file), 'recipe')}")
+            drawings.append(el("figure", {"class": "drawing", "tabindex": 0}, drawing))
+    return drawings

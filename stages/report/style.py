@@ -140,8 +140,8 @@ svg .line { stroke: var(--tone); } svg .dot, svg .area { fill: var(--tone); }
 .toggle:checked + label { background: var(--wash); color: var(--ink); font-weight: 600; }
 .as-log { display: none; }
 #log:checked ~ .charts .as-log { display: block; } #log:checked ~ .charts .as-linear { display: none; }
-.drawing { background: #fff; color: #1d1c1a; border: 1px solid var(--rule); border-radius: 12px; padding: 14px; margin-top: 18px; overflow-x: auto; }
-.drawing svg { min-width: 560px; max-width: 100%; margin: 0 auto; }
+.drawing { border: 1px solid var(--rule); border-radius: 12px; margin-top: 18px; overflow-x: auto; }
+.drawing svg { min-width: 900px; }
 
 /* provenance */
 .chain { list-style: none; margin-top: 20px; }

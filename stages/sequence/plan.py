@@ -40,6 +40,7 @@ class Planner:
         self.recipe, self.tokenizers, self.encoders = recipe, tokenizers, encoders or {}
         self._texts: dict[tuple[TextTokenizer, str], list[int]] = {}  # short texts come again in every epoch
         self._literals: dict[tuple[str, str], list[int]] = {}
+        self.written_ids: dict[str, str] = {}  # field → tokenizer
         self._turn = 0
         self.features: dict[tuple[str, str, str], Tensor] = {}  # (key, port, field) → what a frozen encoder said, computed once
 
@@ -64,7 +65,7 @@ class Planner:
                 elif entry.field:
                     needed.add(self.field_of(entry))
                 else:
-                    needed |= set(entry.fields)
+                    needed |= {name for field in entry.fields for name in (field, f"{field}.ids")}
         return needed
 
     def can_plan(self, task: str, fields: Collection[str]) -> bool:
@@ -74,6 +75,11 @@ class Planner:
         plain = [s for s in spec.segments if isinstance(s, SegmentSpec) and not s.optional]
         needed = {self.field_of(s) if s.field else f for s in plain for f in s.fields}
         return needed.union(each) <= set(fields)
+
+    def trust_ids(self, wrote: Mapping[str, str | None]) -> None:
+        """Fields `NAME.ids` of the shards that a tokenizer of this recipe wrote, by fingerprint: read instead of tokenizing again."""
+        own = {tokenizer.fingerprint: name for name, tokenizer in self.tokenizers.items()}
+        self.written_ids = {field: own[wrote_it] for field, wrote_it in wrote.items() if field.endswith(".ids") and wrote_it in own}
 
     # training
 
@@ -293,7 +299,13 @@ class Planner:
             if not piece:
                 continue
             if PLACEHOLDER.fullmatch(piece):
-                ids += [] if empty else self._field_ids(tokenizer, piece[1:-1], values, sample)
+                name = piece[1:-1]
+                if empty:
+                    continue
+                if values is sample.fields and f"{name}.ids" in values and self.written_ids.get(f"{name}.ids") == port.tokenizer:
+                    ids += values[f"{name}.ids"].tolist()
+                else:
+                    ids += self._field_ids(tokenizer, name, values, sample)
                 continue
             known = (port.tokenizer, piece)
             if known not in self._literals:

@@ -125,6 +125,7 @@ def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Le
     """Where the newest training state stands, or a fresh ledger. Thread count and dtype change the bits, so they must agree."""
     folder = newest_state(run.out)
     if not run.resuming or folder is None:
+        run.cut_metrics(0)
         return Ledger(), None
     facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     for name, now in (("threads", torch.get_num_threads()), ("dtype", str(dtype))):

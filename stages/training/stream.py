@@ -117,8 +117,10 @@ def feasible_tasks(planner: Planner, tasks: Mapping[str, float], shards: Shards)
         return possible
     lacking = []
     for name in tasks:
-        lacking.append(f"task '{name}' lacks {', '.join(sorted(planner.fields_needed([name]) - fields))}")
-    made = [field for field in planner.fields_needed(tasks) if "." in field and field not in fields]
+        lacking.append(
+            f"task '{name}' lacks {', '.join(sorted({f for f in planner.fields_needed([name]) if not f.endswith('.ids')} - fields))}"
+        )
+    made = [field for field in planner.fields_needed(tasks) if "." in field and field not in fields and not field.endswith(".ids")]
     hint = f"`mmgen tokenize` writes {', '.join(sorted(made))}" if made else ""
     raise MissingField(f"these shards fit no task: {'; '.join(lacking)}; they have {', '.join(sorted(fields))}", hint=hint)
 

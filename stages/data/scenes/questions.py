@@ -66,7 +66,9 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
         for value in scene.row.values[attribute]:
             pattern = Pattern(**{attribute: value})
             by_answer.setdefault(len(pattern.among(scene)), []).append(pattern)
-    number = int(rng.choice(sorted(by_answer)))
+    numbers = sorted(by_answer)
+    weights = np.array([2.0 ** max(0, number - 1) for number in numbers])  # large numbers are rarely possible: asked when they are
+    number = int(rng.choice(numbers, p=weights / weights.sum()))
     pattern = by_answer[number][rng.integers(len(by_answer[number]))]
     return f"how many {pattern.words(2)}?", NUMBERS[number]
 

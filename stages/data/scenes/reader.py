@@ -12,6 +12,18 @@ makes errors that noise and blur leave small, and errors that a wrong object lea
 A reading is believed only if it is good and nothing else is nearly as good: a cell is valid when its mean squared error is at most
 `MAX_RESIDUAL` and at most `MAX_RATIO` times that of the second-best state (the first rule alone would accept half-drawn mixtures of two states),
 and the picture drawn anew from the reading, not smoothed, differs by at most `MAX_ROUGHNESS` there (which pure noise does not).
+
+Clean pictures are read exactly at every level. Of damaged ones, percent of cells read right / accepted (300, 300, 120, 80, 25 pictures, stored in
+8 bits; `tests/data/scenes/test_scene_reader.py` measures and holds them; noise is Gaussian, in units of the [0, 1] range). Of the cells that were
+accepted 100 % were right in every column. The last column: even cross-fades of two different states that were accepted; what is left at level 0
+are mixtures that look like a third state, as red over blue looks magenta.
+
+    level   3x3 box blur   twice       noise 0.1   noise 0.2   noise 0.3   noise 0.5   cross-fades
+    0       100 / 100      100 / 100   100 / 100   100 / 100   100 / 81     98 / 0     1.5
+    1       100 / 100      100 / 100   100 / 100   100 / 89     99 / 38     63 / 0     0.3
+    2       100 / 100      100 / 100   100 / 100   100 / 92     99 / 36     50 / 0     0.2
+    3       100 / 98        98 / 88    100 / 99    100 / 71     98 / 2      29 / 0     0.2
+    4        99 / 66        87 / 57    100 / 54    100 / 0     100 / 0      99 / 0     0.0
 """
 
 from collections.abc import Mapping
@@ -25,9 +37,9 @@ from stages.data.scenes.render import Array, Nuisance, colour_of, render, sprite
 from stages.data.scenes.world import LEVELS, Level, Scene, SceneObject
 
 MAX_RESIDUAL = 0.02  # mean squared error per value, intensities in [0, 1]
-MAX_RATIO = 0.5
-MAX_ROUGHNESS = 0.06
-MAX_TURNS = 8
+MAX_RATIO = 0.5  # best to second-best
+MAX_ROUGHNESS = 0.06  # mean squared error per value, before smoothing
+MAX_TURNS = 8  # readings of a cell, on average
 
 
 @dataclass(frozen=True)
