@@ -115,7 +115,7 @@ class Session:
             alive = alive & ~switching
             rows_on = alive.repeat(self.passes) & sees
             layout = Layout(
-                sample_id=torch.where(rows_on, torch.zeros_like(index), -1)[:, None],
+                sample_id=torch.where(rows_on, torch.arange(len(index), device=self.device), -1)[:, None],  # as continue_rows numbers them
                 block_id=block[:, None] + 1,
                 index=(index + steps)[:, None],
                 full=torch.zeros_like(rows_on)[:, None],
