@@ -265,7 +265,7 @@ def make_world(
         tokenizers[f"tokenizers.{name}"] = folder / "tokenizers" / name
         tokenizer.save(folder / "tokenizers" / name)
     for name, config in recipe.autoencoders.items():
-        scratch = recipe_from(f'size = "tiny"\n[paper]\narxiv = "0"\n', sets=[])
+        scratch = recipe_from('size = "tiny"\n[paper]\narxiv = "0"\n', sets=[])
         scratch = scratch.with_parts({f"autoencoders.{name}": recipe.source["autoencoders"][name]})
         torch.manual_seed(7)
         autoencoder = config.build()
