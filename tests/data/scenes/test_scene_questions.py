@@ -37,8 +37,9 @@ def test_every_scene_has_a_question_and_every_type_occurs(level: int) -> None:
     assert len({scene for scene, _ in pairs}) > 100
 
 
-# What a blind answerer may gain over guessing, in accuracy. Counts are the worst: many scenes have no shape or colour three times.
-MARGIN = defaultdict(lambda: 0.07, count=0.15)
+# What a blind answerer may gain over guessing, in accuracy. Leaving combinations out makes some colours and shapes rarer than others, which
+# is worth some points where they are compared; and few scenes have a shape or colour three times, so small counts are likelier.
+MARGIN = defaultdict(lambda: 0.1, count=0.14)
 
 
 @pytest.mark.parametrize("level", [0, 1])

@@ -68,45 +68,43 @@ def test_an_empty_picture_is_an_empty_scene(level: int) -> None:
     assert reading.valid
 
 
-# (level, what was done to the picture): cells read right, cells accepted; the measured values stand in the reader's docstring
-DAMAGED = {
-    (0, "blur 1"): (1.0, 1.0),
-    (0, "blur 2"): (1.0, 0.98),
-    (0, "noise 0.1"): (1.0, 1.0),
-    (0, "noise 0.2"): (1.0, 0.97),
-    (1, "blur 1"): (1.0, 0.98),
-    (1, "blur 2"): (1.0, 0.95),
-    (1, "noise 0.1"): (1.0, 0.98),
-    (1, "noise 0.2"): (0.99, 0.8),
-    (1, "noise 0.3"): (0.97, 0.2),
-    (2, "blur 1"): (1.0, 0.98),
-    (3, "blur 1"): (0.97, 0.93),
+# What the reader's docstring states: per level, percent of cells read right / accepted, for each damage in turn; even cross-fades accepted.
+DAMAGES = ("blur 1", "blur 2", "noise 0.1", "noise 0.2", "noise 0.3", "noise 0.5")
+MEASURED: dict[int, tuple[tuple[tuple[float, float], ...], float]] = {
+    0: (((100, 100), (100, 100), (100, 100), (100, 100), (100, 81), (98, 0)), 1.5),
+    1: (((100, 100), (100, 100), (100, 100), (100, 89), (99, 38), (63, 0)), 0.3),
+    2: (((100, 100), (100, 100), (100, 100), (100, 92), (99, 36), (50, 0)), 0.2),
+    3: (((100, 98), (98, 88), (100, 99), (100, 71), (98, 2), (29, 0)), 0.2),
+    4: (((99, 66), (87, 57), (100, 54), (100, 0), (100, 0), (99, 0)), 0.0),
 }
 
 
-@pytest.mark.parametrize(("level", "damage"), DAMAGED)
-def test_damaged_pictures_are_read_as_measured_and_what_is_accepted_is_right(level: int, damage: str) -> None:
-    kind, amount = damage.split()
-    results = []
-    for seed, (scene, picture) in enumerate(pictures(level, 80)):
-        image = blurred(picture, int(amount)) if kind == "blur" else noisy(picture, float(amount), seed)
-        results += cells(scene, read_scene(image, level))
-    right, accepted = np.mean([right for right, _ in results]), np.mean([valid for _, valid in results])
-    assert right >= DAMAGED[level, damage][0]
-    assert accepted >= DAMAGED[level, damage][1]
-    assert np.mean([right for right, valid in results if valid]) >= 0.999
-
-
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 4])
-def test_mixtures_of_two_states_are_rejected(level: int) -> None:
-    """Even cross-fades; the few that pass are mixtures that look like a third state: red over blue is magenta."""
-    drawn = pictures(level, 100 if level < 4 else 15)
-    accepted = []
+def damage_table(level: int, count: int) -> tuple[list[tuple[float, float, float]], float]:
+    """For each damage the percentage of cells read right, accepted, and right among the accepted; percentage of cross-fades accepted."""
+    drawn, rows = pictures(level, count), []
+    for kind, amount in (damage.split() for damage in DAMAGES):
+        results = []
+        for seed, (scene, picture) in enumerate(drawn):
+            image = blurred(picture, int(amount)) if kind == "blur" else noisy(picture, float(amount), seed)
+            results += cells(scene, read_scene(image, level))
+        right, valid = np.array(results).T
+        rows.append((100 * right.mean(), 100 * valid.mean(), 100 * right[valid].mean() if valid.any() else 100.0))
+    faded = []
     for (first, a), (second, b) in pairwise(drawn):
         reading = read_scene(to_bytes((a / 255 + b / 255) / 2), level)
-        accepted += [cell.valid for cell in reading.cells if first.by_place.get(cell.place) != second.by_place.get(cell.place)]
-    assert len(accepted) > 50
-    assert np.mean(accepted) < 0.05
+        faded += [cell.valid for cell in reading.cells if first.by_place.get(cell.place) != second.by_place.get(cell.place)]
+    return rows, 100 * float(np.mean(faded))
+
+
+@pytest.mark.parametrize(("level", "count"), [(0, 100), (1, 100), (2, 60), (3, 40), pytest.param(4, 25, marks=pytest.mark.slow)])
+def test_damaged_pictures_are_read_as_stated_and_what_is_accepted_is_right(level: int, count: int) -> None:
+    rows, faded = damage_table(level, count)
+    expected, stated_faded = MEASURED[level]
+    for (right, accepted, right_if_accepted), (stated_right, stated_accepted) in zip(rows, expected, strict=True):
+        assert right == pytest.approx(stated_right, abs=5)
+        assert accepted == pytest.approx(stated_accepted, abs=8)
+        assert right_if_accepted > 99.8
+    assert faded == pytest.approx(stated_faded, abs=2)
 
 
 @pytest.mark.parametrize("level", [0, 1])
