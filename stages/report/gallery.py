@@ -192,7 +192,7 @@ def codes_chart(made: Made) -> Markup:
         "From": made.folder.name,
         "Tokens counted": f"{tokens:,}, {tokens / size:.1f} a code",
         "Usage": f"{usage(counts):.3f} of the codes occur",
-        "Perplexity": f"{perplexity(counts):.1f}: as uneven as so many codes used equally",
+        "Perplexity": f"{perplexity(counts):.1f}, as if so many codes were used equally",
     }
     entries = [el("div", {}, el("dt", {}, name), el("dd", {}, value)) for name, value in facts.items()]
     return Markup(chart + el("dl", {"class": "facts-list"}, entries))
