@@ -230,9 +230,10 @@ class Writer:
                     continue
                 assert job.record is not None
                 record = job.sample.fields[each][job.record]
-                truth = {"truth": record[name] for name in fields if name in record}
-                told = {name: value for name, value in record.items() if name not in fields}
-                results.setdefault((place, job.number), {each: []})[each].append({**told, **fields, **truth})
+                written = next(iter(fields))
+                told = {name: value for name, value in record.items() if name != written}
+                answered = {**told, **fields, "truth": record.get(written, "")}
+                results.setdefault((place, job.number), {each: []})[each].append(answered)
         return results
 
     def write(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
