@@ -323,7 +323,11 @@ def _merge(base: dict[str, Any], change: Mapping[str, Any], where: str) -> dict[
                 if name not in by_name:
                     raise RecipeError(f"{here}.{name}: there is no phase '{name}'", hint=nearest(name, by_name))
                 _merge(by_name[name], part, f"{here}.{name}")
-        elif isinstance(old, dict) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+        elif (
+            isinstance(old, dict)
+            and isinstance(value, Mapping)
+            and all(value.get(k, old.get(k)) == old.get(k) for k in ("kind", "sampler"))
+        ):
             _merge(old, value, here)
         else:
             base[key] = _copy(value)
