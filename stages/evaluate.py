@@ -144,7 +144,7 @@ def make_samples(folder: Path, shards: str, out: Path, options: RunOptions, run:
         for place in (out / "samples" / split, out / "controls" / "untrained" / split):
             untrained = "controls" in place.parts[len(out.parts) :]
             run.say(f"{'untrained control' if untrained else 'samples'}: {place}")
-            if recipe.ports:
+            if recipe.backbones:
                 sample(folder, spec, place, options, untrained=untrained)
             elif recipe.autoencoders:
                 reconstruct(folder, recipe, spec, place, options, untrained=untrained)
@@ -169,8 +169,10 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
         provenance = {"stage": "reconstruct", "inputs": inputs}
         with ShardWriter(out, name="samples", provenance=provenance, codebook_sizes=sizes, overwrite=options.overwrite) as writer:
             count = min(len(source), options.limit or len(source))
+            view = next((port.view for port in recipe.ports.values() if port.autoencoder and port.view is not None), None)
             for start in range(0, count, RECONSTRUCT_BATCH):
-                for made in round_trip(tokenizer, [source[i] for i in range(start, min(start + RECONSTRUCT_BATCH, count))], device):
+                group = [through_view(source[i], view) for i in range(start, min(start + RECONSTRUCT_BATCH, count))]
+                for made in round_trip(tokenizer, group, device):
                     writer.write(made)
                 run.status(step=start, of=count)
                 if run.stopping:
@@ -184,11 +186,20 @@ def fresh_autoencoder(recipe: Recipe, seed: int) -> Autoencoder:
         return next(iter(recipe.autoencoders.values())).build().eval()
 
 
+def through_view(entry: Sample, view: Any) -> Sample:
+    """A sample with its picture as the tokenizer was trained to see it (cut to a square, say); its meta says what was done."""
+    if "image" not in entry.fields:
+        raise DataError(f"{entry.source}: sample {entry.key} has no field 'image' to reconstruct; it has {', '.join(entry.fields)}")
+    meta = entry.fields.get("meta", {})
+    picture = entry.fields["image"] if view is None else view.apply(entry.fields["image"])
+    resize = "none" if picture.shape == entry.fields["image"].shape else " ".join(str(value) for value in view.model_dump().values())
+    about = {**(meta if isinstance(meta, dict) else {"prompt": meta}), "prompt_key": entry.key, "tasks": ["reconstruct"], "resize": resize}
+    return Sample(entry.key, {**entry.fields, "image": picture, "meta": about}, entry.source)
+
+
 def round_trip(tokenizer: Autoencoder, group: Sequence[Sample], device: torch.device) -> Iterator[Sample]:
     """Pictures through an autoencoder and back, in batches of equal size."""
     for entry in group:
-        if "image" not in entry.fields:
-            raise DataError(f"{entry.source}: sample {entry.key} has no field 'image' to reconstruct; it has {', '.join(entry.fields)}")
         height, width = entry.fields["image"].shape[:2]
         if height % tokenizer.downsample or width % tokenizer.downsample:
             raise DataError(f"{entry.key}: a picture of {height}×{width} pixels; the tokenizer needs multiples of {tokenizer.downsample}")
@@ -200,9 +211,7 @@ def round_trip(tokenizer: Autoencoder, group: Sequence[Sample], device: torch.de
         codes = tokenizer.encode_codes(pictures) if tokenizer.codebook_size is not None else None
         again = tokenizer.decode_codes(codes) if codes is not None else tokenizer.decode(tokenizer.encode(pictures))
         for index, entry in enumerate(entries):
-            meta = entry.fields.get("meta", {})
-            about = {**(meta if isinstance(meta, dict) else {"prompt": meta}), "prompt_key": entry.key, "tasks": ["reconstruct"]}
-            fields = {**entry.fields, "sample.image": to_pixels(again[index]), "meta": about}
+            fields = {**entry.fields, "sample.image": to_pixels(again[index])}
             if codes is not None:
                 fields["sample.image.codes"] = codes[index].cpu().numpy()
             done[entry.key] = Sample(entry.key, fields, entry.source)
@@ -269,12 +278,14 @@ def look(
     size = samples.fields.get(field_map.get("sample.image.codes", "sample.image.codes"), {}).get("codebook_size")
     setting = Setting(setting.seed, setting.features, setting.reference, size)
     found: dict[str, Looked] = {}
+    resized: set[str] = set()
     count = min(len(samples), options.limit or len(samples))
     for index in range(count):
         entry = samples.read_or_skip(index)
         if entry is None:
             continue
         fields = {**true_fields(entry, truth), **renamed(entry, field_map), "__key__": entry.key}
+        resized.add(str(fields.get("meta", {}).get("resize", "none")))
         for name, kind in METRICS.items():
             if kind.applies(fields, setting):
                 looked = found.get(name) or found.setdefault(name, Looked(kind(setting), [], [], [], []))
@@ -286,7 +297,7 @@ def look(
         if run.stopping:
             run.raise_stop()
     sampling = sampling_of(samples)
-    return found, {"sampling": sampling} if sampling else {}
+    return found, {**({"sampling": sampling} if sampling else {}), "resize": " and ".join(sorted(resized)) or "none"}
 
 
 def renamed(entry: Sample, field_map: Mapping[str, str]) -> dict[str, Any]:

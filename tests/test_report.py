@@ -284,6 +284,12 @@ def test_a_control_that_was_not_made_leaves_no_column(tmp_path):
     assert '<th scope="col">untrained model</th>' not in html.read_text()
 
 
+def test_a_number_that_does_not_exist_is_a_dash(tmp_path):
+    rows = [{**result(0.5), "metric": "ssim", "value": None, "n": 0}, {**result(0.5, "untrained"), "metric": "ssim"}]
+    text = "|".join(Page(report([scored(tmp_path / "one", rows)], tmp_path / "page.html").read_text()).text)
+    assert "|—|" in text
+
+
 def test_a_path_that_is_no_run_is_an_error_with_a_way_out(tmp_path):
     with pytest.raises(UsageError, match="neither shards, nor a checkpoint, nor an evaluation"):
         report([tmp_path], tmp_path / "page.html")

@@ -7,7 +7,7 @@ from stages.metrics.frechet import FrechetDistance
 from stages.metrics.psnr import PSNR
 from stages.metrics.question_accuracy import QuestionAccuracy
 from stages.metrics.retrieval import Retrieval
-from stages.metrics.scene_accuracy import SceneAccuracy
+from stages.metrics.scene_accuracy import ReconstructedScenes, SceneAccuracy
 from stages.metrics.score import Metric
 from stages.metrics.ssim import SSIM
 
@@ -18,6 +18,7 @@ METRICS: dict[str, type[Metric]] = {
     "retrieval": Retrieval,
     "psnr": PSNR,
     "ssim": SSIM,
+    "reconstructed-scenes": ReconstructedScenes,
     "codebook": Codebook,
     "frechet-distance": FrechetDistance,
 }

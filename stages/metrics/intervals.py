@@ -18,7 +18,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     share, z2 = successes / trials, Z95 * Z95
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if successes == 0 else centre - half  # exact at the ends, where rounding would leave 1e-17
+    return low, 1.0 if successes == trials else centre + half
 
 
 def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray, seed: int, draws: int = 1000) -> tuple[float, float] | None:
@@ -42,6 +43,16 @@ def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray, seed: int, draws: int
         ratios.append(parts[chosen].sum(1)[drawn] / whole[drawn])
     low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
+
+
+def bootstrap_share(parts: np.ndarray, wholes: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """`bootstrap_ratio` of parts that are contained in their wholes. Where all or nothing is right, every draw agrees and the bootstrap
+    would claim certainty; Wilson's interval over the samples takes its place."""
+    right, total = int(np.sum(parts)), int(np.sum(wholes))
+    if total and right in (0, total):
+        samples = int((np.asarray(wholes) > 0).sum())
+        return wilson(samples if right else 0, samples)
+    return bootstrap_ratio(parts, wholes, seed)
 
 
 def bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stages.data.scenes import Scene, compare
-from stages.metrics.intervals import bootstrap_ratio, wilson
+from stages.metrics.intervals import bootstrap_share, wilson
 from stages.metrics.score import Score
 
 
@@ -24,7 +24,7 @@ def object_scores(meant: Sequence[Scene], there: Sequence[Scene], seed: int, pro
 
     def ratio(category: str, parts: list[int], wholes: list[int]) -> Score:
         total = sum(wholes)
-        interval = bootstrap_ratio(np.array(parts), np.array(wholes), seed)
+        interval = bootstrap_share(np.array(parts), np.array(wholes), seed)
         return Score(category, sum(parts) / total if total else 0.0, total, samples, interval, protocol=protocol)
 
     right, wanted = [pair.right for pair in pairs], [pair.meant for pair in pairs]

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from stages.errors import DataError
-from stages.metrics.intervals import bootstrap_ratio
+from stages.metrics.intervals import bootstrap_share
 from stages.metrics.score import Fields, Score, Setting
 
 
@@ -52,7 +52,7 @@ class QuestionAccuracy:
         protocol = {"match": "same words", "chance": "most frequent true answer of the type"}
         scores = []
         for kind in most_frequent if truths else []:
-            n, interval = sum(asked[kind]), bootstrap_ratio(np.array(right[kind]), np.array(asked[kind]), self.seed)
+            n, interval = sum(asked[kind]), bootstrap_share(np.array(right[kind]), np.array(asked[kind]), self.seed)
             scores.append(Score(kind, sum(right[kind]) / n, n, len(asked[kind]), interval, most_frequent[kind] / n, protocol))
         return scores
 

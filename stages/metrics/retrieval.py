@@ -5,12 +5,13 @@ similarity; R@k is the share whose own picture is among the first k. Chance is k
 content no reader can parse (a drawn *umbrella* should be closer to the umbrella than to 1,900 other things).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stages.metrics.features import feature_network
-from stages.metrics.intervals import bootstrap_mean
+from stages.metrics.intervals import bootstrap_share
 from stages.metrics.psnr import is_reconstruction
 from stages.metrics.score import Fields, Score, Setting, prompt_key
 
@@ -55,6 +56,6 @@ class Retrieval:
         for k in RANKS:
             if k < len(gallery):  # else everything is found
                 hits, n = int((found < k).sum()), len(found)
-                interval = bootstrap_mean(found < k, self.seed)
+                interval = bootstrap_share(found < k, np.ones(n), self.seed)
                 scores.append(Score(f"R@{k}", hits / n, n, n, interval, chance=k / len(gallery), protocol=protocol))
         return scores

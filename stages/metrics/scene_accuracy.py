@@ -4,10 +4,13 @@ Beside the objects and whole scenes: GenEval's six categories (arXiv:2310.11513)
 reader does not believe (blurred, mixed) counts as empty, hence wrong, and the share it does believe is reported.
 """
 
+from typing import Any
+
 from stages.data.scenes import CATEGORIES, Scene, categories, judge, read_scene
 from stages.data.scenes.reader import MAX_RATIO, MAX_RESIDUAL
 from stages.errors import DataError
 from stages.metrics.object_scores import object_scores, share
+from stages.metrics.psnr import is_reconstruction
 from stages.metrics.score import Fields, Score, Setting
 
 
@@ -29,8 +32,7 @@ class SceneAccuracy:
 
     @staticmethod
     def applies(sample: Fields, setting: Setting) -> bool:
-        """Drawn pictures, and reconstructions: of these the reader says whether the tokenizer keeps what matters."""
-        return {"sample.image", "scene"} <= sample.keys()
+        return {"sample.image", "scene"} <= sample.keys() and not is_reconstruction(sample)
 
     def look(self, sample: Fields) -> tuple[Scene, bool]:
         return drawn_scene(sample)
@@ -40,11 +42,30 @@ class SceneAccuracy:
 
     def scores(self, seen: list[tuple[Scene, bool]], expected: list[Scene]) -> list[Score]:
         drawn = [scene for scene, _ in seen]
-        levels = sorted({scene.level for scene in expected})
-        protocol = {"reader": "scenes", "levels": levels, "max_residual": MAX_RESIDUAL, "max_ratio": MAX_RATIO}
+        protocol = reader_protocol(expected)
         scores = object_scores(expected, drawn, self.seed, protocol)
         for name in CATEGORIES:
             about = [judge(name, meant, made) for meant, made in zip(expected, drawn, strict=True) if name in categories(meant)]
             if about:
                 scores.append(share(name, about, protocol))
         return [*scores, share("readable", [valid for _, valid in seen], protocol)]
+
+
+class ReconstructedScenes(SceneAccuracy):
+    """The same reader on pictures that went through an image tokenizer and back: does it keep what a scene says?"""
+
+    paired = False
+
+    @staticmethod
+    def applies(sample: Fields, setting: Setting) -> bool:
+        return "scene" in sample and is_reconstruction(sample)
+
+    def scores(self, seen: list[tuple[Scene, bool]], expected: list[Scene]) -> list[Score]:
+        protocol = reader_protocol(expected)
+        scores = object_scores(expected, [scene for scene, _ in seen], self.seed, protocol)
+        return [*scores, share("readable", [valid for _, valid in seen], protocol)]
+
+
+def reader_protocol(expected: list[Scene]) -> dict[str, Any]:
+    levels = sorted({scene.level for scene in expected})
+    return {"reader": "scenes", "levels": levels, "max_residual": MAX_RESIDUAL, "max_ratio": MAX_RATIO}

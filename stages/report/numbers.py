@@ -45,6 +45,11 @@ WORDS = {
     ),
     "psnr": Words("Reconstruction, PSNR", "Peak signal-to-noise ratio, per picture, then the mean.", share=False, unit="dB"),
     "ssim": Words("Reconstruction, SSIM", "Structural similarity, per picture, then the mean."),
+    "reconstructed-scenes": Words(
+        "Scenes kept by the tokenizer",
+        "The exact reader on reconstructions: which objects are still there as they were.",
+        lead="objects",
+    ),
     "codebook": Words(
         "Codebook", "Usage is the share of codes that occur, perplexity the number of equally frequent codes.", lead="usage", share=False
     ),
@@ -107,7 +112,7 @@ def columns_of(folders: list[Folder], metric: str, split: str) -> list[Column]:
         own = {row["category"]: protocol_of(row) for row in rows if row["control"] is None}
         for row in rows:
             protocol = own.get(row["category"])
-            if protocol is not None and row["value"] is not None:
+            if protocol is not None and (row["value"] is not None or row["control"] is None):
                 column = columns.setdefault((row["category"], protocol), Column(metric, split, row["category"], protocol, {}))
                 column.cells[folder.name, row["control"]] = row
     order = list(dict.fromkeys(column.category for column in columns.values()))
@@ -154,12 +159,14 @@ def interval_text(row: Row) -> str:
     return f"{figure(low, row)} – {figure(high, row)}"
 
 
-def strip(row: Row, controls: dict[str, Row | None]) -> Markup:
-    """The number on the line from 0 to 1, with its interval, its controls and its chance."""
+def strip(row: Row, controls: dict[str, Row | None]) -> Markup | None:
+    """The number on the line from 0 to 1, with its interval, its controls and its chance; nothing for no number."""
 
     def left(value: float) -> str:
         return f"left:{100 * min(1.0, max(0.0, value)):.2f}%"
 
+    if row["value"] is None:
+        return None
     marks: list[Markup] = []
     spoken = [figure(row["value"], row)]
     if row.get("interval"):

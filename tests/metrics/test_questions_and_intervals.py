@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.errors import DataError
-from stages.metrics.intervals import bootstrap_mean, bootstrap_ratio, wilson
+from stages.metrics.intervals import bootstrap_mean, bootstrap_ratio, bootstrap_share, wilson
 from stages.metrics.question_accuracy import QuestionAccuracy
 from stages.metrics.score import Score, Setting
 
@@ -71,3 +71,11 @@ def test_the_bootstrap_draws_samples_not_objects():
     together = bootstrap_ratio(right * 10, np.full(100, 10), seed=0)
     assert together == pytest.approx(bootstrap_mean(right, seed=0))
     assert bootstrap_ratio(np.array([1]), np.array([1]), seed=0) is None
+
+
+def test_all_or_nothing_right_is_not_certainty():
+    wholes = np.array([3, 1, 0, 4])
+    assert bootstrap_share(wholes * 0, wholes, seed=0) == wilson(0, 3)
+    assert bootstrap_share(wholes, wholes, seed=0) == wilson(3, 3)
+    some = np.array([1, 1, 0, 2])
+    assert bootstrap_share(some, wholes, seed=0) == bootstrap_ratio(some, wholes, seed=0)
