@@ -38,6 +38,7 @@ IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are
 NUM_VALIDATION = 1024  # pictures that are reconstructed for the reported numbers
 NUM_QUICK = 128  # and for those along the way
 NUM_SCALE = 4096  # pictures the scale of continuous latents is measured on
+DEAD_PERPLEXITY = 1.5  # below, nearly all codes are the same one
 BATCH = 64  # pictures at once when nothing is learned
 
 
@@ -209,9 +210,9 @@ class Pictures:
         self.places = [(i, field) for i in range(size) for field in self.fields]
         self.shape: tuple[int, ...] | None = None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-        first = self._decode(0)
+        first = next((picture for number in range(len(self.places)) if (picture := self._decode(number)) is not None), None)
         if first is None:
-            raise DataError(f"{shards.spec}: the first sample is bad: {shards.bad[0]}")
+            raise DataError(f"{shards.spec}: every sample is bad, the first: {shards.bad[0]}")
         self.pixels: np.ndarray | None = None
         if first.nbytes * len(self.places) <= IN_MEMORY:
             self._decode_all(first)
@@ -355,9 +356,9 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
     numbers = measure(autoencoder, held_out, NUM_VALIDATION, device)
     run.log(step=ledger.total_step, phase=phases[ledger.phase].name, **{f"val/{name}": value for name, value in numbers.items()})
     run.say(data.write_bad_samples(run.meta))
-    if not stopped and numbers.get("codebook_usage", 1.0) * (autoencoder.codebook_size or 2) < 2:
+    if not stopped and numbers.get("perplexity", DEAD_PERPLEXITY) < DEAD_PERPLEXITY:
         raise GuardError(
-            f"the codebook died: {numbers['codes']:,} codes of held-out pictures are all the same one",
+            f"the codebook died: {numbers['codes']:,} codes of held-out pictures have a perplexity of {numbers['perplexity']:.2f}",
             hint=f"autoencoders.{plan.autoencoder}.quantizer: revive = 0.03 moves unused codes, decay = 0.99 makes the codebook follow",
         )
     tensors = {name: value for name, value in learner.state_dict().items() if name.startswith("autoencoders.")}
