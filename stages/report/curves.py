@@ -1,7 +1,7 @@
 """What happened while training: one chart per loss, runs laid over each other, validation dashed; then the health of the run.
 
 metrics.jsonl is read as it is: every number is a curve over `step`. `val/PORT` shares the chart of `loss/PORT`, so that a gap between
-the two is seen.
+the two is seen; other numbers measured on validation data stand alone.
 """
 
 from collections import defaultdict
@@ -26,9 +26,10 @@ def curves(folders: Sequence[Folder]) -> list[Markup]:
             points = [(line["step"], line[name]) for line in folder.metrics if "step" in line and is_number(line.get(name))]
             held_out = name.startswith("val/")
             label = " ".join(part for part in (folder.name if len(trained) > 1 else "", "validation" if held_out else "training") if part)
-            if points:
+            if len({value for _, value in points}) > 1:  # what never changes has no curve
                 steps, values = zip(*points, strict=True)
-                charts["loss/" + name.removeprefix("val/") if held_out else name].append(Line(label, steps, values, tone, held_out))
+                port = "loss/" + name.removeprefix("val/")
+                charts[port if held_out and port in names else name].append(Line(label, steps, values, tone, held_out))
     losses = {name: lines for name, lines in charts.items() if "loss" in name}
     health = {name: lines for name, lines in charts.items() if name not in losses}
     parts: list[Markup] = []
@@ -71,17 +72,17 @@ def ends(lines: list[Line]) -> str:
 
 
 def key(lines: list[Line]) -> Markup:
-    """Which colour is which run, and what dashes mean."""
+    """Which colour is which run, and what dashes mean; nothing where there is nothing to tell apart."""
     names = dict.fromkeys((line.name, line.tone, line.dashed) for line in lines)
     swatches = [
         el("span", {"class": "key"}, el("span", {"class": f"swatch s{tone % 6}" + (" dashed" if dashed else "")}), name)
         for name, tone, dashed in sorted(names, key=lambda entry: (entry[1], entry[2]))
     ]
-    return el("div", {"class": "legend"}, swatches)
+    return el("div", {"class": "legend"}, swatches) if len(names) > 1 else Markup()
 
 
 def spoken(name: str) -> str:
-    """`loss/draw` → "Loss: draw", `grad_norm` → "Grad norm", `lr` → "Learning rate"."""
+    """`loss/draw` → "Loss: draw", `val/psnr` → "Validation: psnr", `lr` → "Learning rate"."""
     head, _, rest = name.partition("/")
-    said = {"lr": "Learning rate"}.get(head, head.replace("_", " ").capitalize())
+    said = {"lr": "Learning rate", "val": "Validation"}.get(head, head.replace("_", " ").capitalize())
     return f"{said}: {rest.replace('_', ' ')}" if rest else said

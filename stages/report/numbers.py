@@ -61,7 +61,7 @@ WORDS = {
 
 
 LABELS = {
-    "all": "all questions",
+    "all": "all",
     "objects": "objects right",
     "objects-precision": "of the objects there, right",
     "scenes": "whole scenes right",
@@ -144,12 +144,13 @@ def label(category: str) -> str:
 
 
 def figure(value: float | None, row: Row) -> str:
-    """A value as it is printed, for a number such as `row`: shares with three decimals, others in four significant digits."""
+    """A value as it is printed, for a number such as `row`: shares with three decimals, others with what their size needs."""
     if value is None:
         return "—"
     if is_share(row):
         return f"{value:.3f}"
-    return f"{value:.1f}" if 100 <= abs(value) < 10_000 else f"{value:.4g}" if abs(value) < 100 else short(value)
+    size = abs(value)
+    return short(value) if size >= 10_000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3g}"
 
 
 def interval_text(row: Row) -> str:
@@ -185,18 +186,20 @@ def strip(row: Row, controls: dict[str, Row | None]) -> Markup | None:
     return el("div", {"class": "strip", "role": "img", "aria-label": "; ".join(spoken)}, marks)
 
 
-def legend() -> Markup:
-    def key(kind: str, text: str) -> Markup:
-        mark = el("span", {"class": "strip"}, el("span", {"class": kind, "style": "left:50%"}))
-        return el("span", {"class": "key"}, mark, text)
+def legend(folder: Folder) -> Markup | None:
+    """What the marks of the headline's strips mean, as far as they occur there."""
+    rows = [row for row in headline_rows(folder) if is_share(row) and row["value"] is not None]
+    if not rows:
+        return None
 
-    return el(
-        "div",
-        {"class": "legend", "aria-hidden": "true"},
-        key("at", "the model, with its 95 % interval"),
-        *(key(control, said) for control, said in CONTROLS.items()),
-        key("chance", "chance"),
-    )
+    def key(kind: str, text: str) -> Markup:
+        sample = el("span", {"class": "strip"}, el("span", {"class": kind, "style": "left:50%"}))
+        return el("span", {"class": "key"}, sample, text)
+
+    keys = [key("at", "the model, with its 95 % interval")]
+    keys += [key(control, said) for control, said in CONTROLS.items() if any(controls_of(folder, row)[control] for row in rows)]
+    keys += [key("chance", "chance")] if any(row.get("chance") is not None for row in rows) else []
+    return el("div", {"class": "legend", "aria-hidden": "true"}, keys)
 
 
 def controls_of(folder: Folder, row: Row) -> dict[str, Row | None]:
@@ -247,15 +250,21 @@ def tiles(folder: Folder) -> Markup | None:
 
 
 def results(folders: list[Folder]) -> list[Markup]:
-    """A table per metric and split: categories down the side for one run, one row a run and one column a protocol for several."""
+    """One run: a table per metric, categories down the side. Several: a table per metric and split, a row a run, a column a protocol."""
     evaluated = [folder for folder in folders if folder.results]
+    pairs = metrics_of(evaluated)
+    if len(evaluated) == 1:
+        groups = [(metric, [split for other, split in pairs if other == metric]) for metric in dict.fromkeys(metric for metric, _ in pairs)]
+    else:
+        groups = [(metric, [split]) for metric, split in pairs]
     parts = []
-    for metric, split in metrics_of(evaluated):
-        columns = columns_of(evaluated, metric, split)
+    for metric, splits in groups:
+        columns = [column for split in splits for column in columns_of(evaluated, metric, split)]
         if not columns:
             continue
         said = words(metric)
-        heading = el("h3", {}, said.title, el("span", {"class": "soft"}, f" on {split}") if split else None)
+        on = f" on {' and '.join(split for split in splits if split)}" if any(splits) else ""
+        heading = el("h3", {}, said.title, el("span", {"class": "soft"}, on))
         table = tall_table(evaluated[0], metric, columns) if len(evaluated) == 1 else wide_table(evaluated, columns)
         intro = el("p", {"class": "soft small"}, said.says) if said.says else None
         box = el("div", {"class": "scroll", "tabindex": 0}, table)
@@ -264,7 +273,7 @@ def results(folders: list[Folder]) -> list[Markup]:
 
 
 def tall_table(folder: Folder, metric: str, columns: list[Column]) -> Markup:
-    """One run: a row for each category, with its place on the line from 0 to 1."""
+    """One run: a row for each category of each split, with its place on the line from 0 to 1."""
     marks = footnote_marks(columns)
     controls = [control for control in CONTROLS if any((folder.name, control) in column.cells for column in columns)]
     rows = [column.cells[folder.name, None] for column in columns]
@@ -280,11 +289,17 @@ def tall_table(folder: Folder, metric: str, columns: list[Column]) -> Markup:
     )
     head += [el("th", {"scope": "col"}, CONTROLS[control]) for control in controls]
     head += [el("th", {"scope": "col"}, title) for title in (["chance", "n"] if with_chance else ["n"])]
-    body = []
-    for column, row in zip(columns, rows, strict=True):
+    width = len([cell for cell in head if cell])
+    splits = list(dict.fromkeys(column.split for column in columns))
+    one_each = len(splits) == len(columns)  # then a row can be called by its split
+    body: list[Markup] = []
+    for index, (column, row) in enumerate(zip(columns, rows, strict=True)):
+        if len(splits) > 1 and not one_each and (index == 0 or columns[index - 1].split != column.split):
+            body.append(el("tr", {"class": "split"}, el("th", {"colspan": width, "scope": "colgroup"}, f"on {column.split}")))
+        name = column.split if one_each and column.split else label(column.category)
         others = {control: column.cells.get((folder.name, control)) for control in CONTROLS}
         cells = [
-            el("th", {"scope": "row"}, label(column.category), mark(marks[column])),
+            el("th", {"scope": "row"}, name, mark(marks[column])),
             el("td", {"class": "num score"}, figure(row["value"], row)),
             el("td", {"class": "num interval-cell"}, interval_text(row)) if with_interval else None,
             el("td", {"class": "strip-cell"}, strip(row, others) if is_share(row) else None) if with_strip else None,
@@ -364,15 +379,17 @@ def mark(letter: str) -> Markup | None:
 
 
 def footnotes(columns: list[Column]) -> Markup:
-    """How the numbers were measured: one line that all share, or one per footnote letter."""
+    """How the numbers were measured: one line that all share, or one per split and footnote letter."""
     marks = footnote_marks(columns)
+    several_splits = len({column.split for column in columns}) > 1
     lines: dict[tuple[str, str], None] = {}
     for column in columns:
+        names = [marks[column], column.split if several_splits else ""]
         protocol = next(iter(column.cells.values())).get("protocol", {})
-        lines.setdefault((marks[column], protocol_text(protocol)))
-    several = any(letter for letter, _ in lines)
+        lines.setdefault((" ".join(name for name in names if name), protocol_text(protocol)))
+    several = any(marks.values())
     title = "How this was measured" + (": in several ways, which do not compare" if several else "")
-    items = [el("li", {}, f"{letter}: " if letter else "", text) for letter, text in sorted(lines)]
+    items = [el("li", {}, f"{name}: " if name else "", text) for name, text in lines]
     return el("details", {"class": "protocol", "open": several}, el("summary", {}, title), el("ul", {}, items))
 
 

@@ -9,7 +9,6 @@ from stages.errors import RecipeError
 from stages.files import write_atomic
 from stages.recipe import load_recipe
 from stages.report import gallery, numbers
-from stages.report.chart import short
 from stages.report.curves import curves
 from stages.report.folders import Folder, chain, read_folders
 from stages.report.html import Child, Markup, el
@@ -36,7 +35,6 @@ def page(folders: list[Folder]) -> str:
     links = [el("a", {"href": f"#{anchor}"}, name) for anchor, name, _, _ in sections]
     evaluated = [folder for folder in folders if folder.results]
     headline = numbers.tiles(evaluated[0]) if len(evaluated) == 1 else numbers.glance(folders)
-    with_strips = len(evaluated) == 1 and any(numbers.is_share(row) for row in numbers.headline_rows(evaluated[0]))
     body = [
         el(
             "header",
@@ -45,7 +43,7 @@ def page(folders: list[Folder]) -> str:
             el("h1", {}, title),
             el("p", {"class": "lead"}, lead) if lead else None,
             headline,
-            numbers.legend() if with_strips else None,
+            numbers.legend(evaluated[0]) if len(evaluated) == 1 else None,
             el("nav", {"aria-label": "Sections"}, links) if len(links) > 1 else None,
         ),
         el("main", {}, [section(*entry) for entry in sections]),
@@ -153,12 +151,16 @@ def has_content(child: Child) -> bool:
 
 
 def recipes_of(folders: list[Folder]) -> dict[str, dict[str, Any]]:
-    """Resolved recipes of the runs shown, or of those they descend from: TOML text -> its tables."""
+    """Resolved recipes of what the report is about, TOML text -> tables: the networks shown, else the tokenizers; of samples and
+    scores those they descend from."""
     own = {folder.recipe_toml: folder.recipe for folder in folders if folder.recipe_toml}
     if not own:
         records = [Folder(Path(link.path), "checkpoint", dict(link.record)) for link in chain(folders)]
-        own = {record.recipe_toml: record.recipe for record in records if record.recipe.get("tasks")}
-        own = own or {record.recipe_toml: record.recipe for record in records if record.recipe_toml}
+        own = {record.recipe_toml: record.recipe for record in records if record.recipe_toml}
+    for kind in ("backbones", "autoencoders"):
+        of_kind = {toml: recipe for toml, recipe in own.items() if recipe.get(kind)}
+        if of_kind:
+            return of_kind
     return own
 
 
@@ -183,19 +185,22 @@ def lead_of(folders: list[Folder]) -> str:
         said.append(what + (f" after {source}" if source else "") + (f"; its tasks: {', '.join(tasks)}" if tasks else ""))
     elif recipes:
         said.append(f"{len(recipes)} recipes side by side")
-    trained = [(folder.status.get("step"), duration_minutes(folder)) for folder in folders if folder.metrics and folder.status.get("step")]
+    trained = [(folder.status.get("step"), training_seconds(folder)) for folder in folders if folder.metrics and folder.status.get("step")]
     if len(trained) == 1:
-        steps, minutes = trained[0]
-        said.append(f"Trained for {steps:,} steps" + (f" in {short(minutes)} minutes" if minutes else ""))
+        steps, seconds = trained[0]
+        said.append(f"Trained for {steps:,} steps" + (f" in {spoken_time(seconds)}" if seconds else ""))
     splits = list(dict.fromkeys(row["split"] for folder in folders for row in folder.results if row["split"]))
     if splits:
         said.append(f"Judged on {'the split' if len(splits) == 1 else 'the splits'} {listed(splits)}")
     return ". ".join(said) + "." if said else ""
 
 
-def duration_minutes(folder: Folder) -> float:
-    seconds = [line["seconds"] for line in folder.metrics if isinstance(line.get("seconds"), int | float)]
-    return round(max(seconds) / 60, 1) if seconds else 0.0
+def training_seconds(folder: Folder) -> float:
+    return max((line["seconds"] for line in folder.metrics if isinstance(line.get("seconds"), int | float)), default=0.0)
+
+
+def spoken_time(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def listed(names: list[str]) -> str:

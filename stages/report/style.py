@@ -77,7 +77,7 @@ header > .scroll { margin-top: 30px; }
 
 /* tables */
 .scroll { overflow-x: auto; margin-top: 14px; border: 1px solid var(--rule); border-radius: 12px; background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 14px; }
 th, td { padding: 8px 16px; text-align: right; vertical-align: middle; border-top: 1px solid var(--rule); white-space: nowrap; }
 tbody th .interval { white-space: normal; max-width: 250px; margin-top: 2px; }
 thead th { border-top: 0; font-weight: 600; font-size: 13px; color: var(--soft); background: var(--wash); vertical-align: bottom; }
@@ -89,6 +89,7 @@ tr.total th, tr.total td.score { font-weight: 680; }
 td.score { font-size: 15px; } td.interval-cell { color: var(--soft); font-size: 13px; padding-left: 0; }
 td.strip-cell, th.strip-cell { padding-left: 24px; padding-right: 24px; } th.strip-cell { font-weight: 400; }
 th.strip-cell span { display: flex; justify-content: space-between; }
+tr.split th { background: var(--wash); color: var(--soft); font-size: 13px; font-weight: 600; padding: 6px 16px; }
 tr.control th, tr.control td { color: var(--soft); border-top-color: transparent; padding-top: 2px; padding-bottom: 8px; }
 tr.control th { padding-left: 30px; font-weight: 400; }
 sup { font-size: 10px; line-height: 0; margin-left: 1px; }
@@ -98,7 +99,7 @@ sup { font-size: 10px; line-height: 0; margin-left: 1px; }
 
 /* cards with pictures */
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(316px, 1fr)); gap: 16px; margin-top: 18px; }
-.cards.narrow { grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); }
+.cards.narrow { grid-template-columns: repeat(auto-fill, minmax(204px, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 16px; display: flex; flex-direction: column; gap: 12px; min-width: 0; }
 .card .prompt { font-size: 14px; line-height: 1.45; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
