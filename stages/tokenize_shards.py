@@ -156,6 +156,7 @@ def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split:
         with ShardWriter(
             folder,
             name=data.index["name"],
+            samples_per_shard=max(entry["nsamples"] for entry in data.index["shardlist"]),
             split=split or data.index["split"],
             provenance={
                 "stage": "tokenize",
