@@ -5,7 +5,7 @@ model is used to. Text tokenizers are trained on the made-up words, so that a wo
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from stages.recipe import EachSpec, Recipe, SegmentSpec
 from stages.sequence.masks import may_attend
 from stages.sequence.pack import pack
 from stages.sequence.plan import PLACEHOLDER, Planner
-from stages.sequence.segment import Content, Role, Segment
+from stages.sequence.segment import Content, PositionKind, Role, Segment, Sequence
 
 GRID = (3, 4)  # rows and columns of a picture's tokens: legible, and not square, so that no axis can be swapped unseen
 TEXTS: dict[str, Any] = {
@@ -83,6 +83,15 @@ class DrawnSegment:
         """The fields of a sample it is filled from; a literal text has none."""
         held = tuple(piece[1:-1] for piece in PLACEHOLDER.findall(self.segment.field))
         return held or (() if any(self.labels) else (self.segment.field,))
+
+    @property
+    def clock(self) -> str:
+        """Where it stands for the rotary embedding: "8", "0-7", or ranges of (t, h, w) for a grid."""
+        ranges = [(min(axis), max(axis)) for axis in zip(*self.positions, strict=True)]
+        spans = [f"{low}" if low == high else f"{low}-{high}" for low, high in ranges]
+        if not spans:
+            return ""
+        return f"t {spans[0]}, h {spans[1]}, w {spans[2]}" if self.segment.positions == PositionKind.GRID else spans[0]
 
 
 @dataclass(frozen=True)
@@ -156,8 +165,13 @@ def _picture(recipe: Recipe, planner: Planner, spec: SegmentSpec) -> np.ndarray:
 
 
 def plan_example(recipe: Recipe, planner: Planner, task: str) -> Example:
-    """Plan, pack and corrupt the example of one task, as a training step does."""
-    sequence = planner.plan(example_sample(recipe, planner, task), task, NothingDrawn())
+    """Plan the example of one task as a training step plans a sample."""
+    return laid_open(recipe, planner, planner.plan(example_sample(recipe, planner, task), task, NothingDrawn()))
+
+
+def laid_open(recipe: Recipe, planner: Planner, sequence: Sequence) -> Example:
+    """A planned sample, packed and corrupted as in a training step, with everything that follows from its segments written down."""
+    task = sequence.task
     batch = pack([sequence])
     length = len(sequence)
     supervised, reads = [False] * length, [-1] * length
@@ -215,7 +229,7 @@ def _labels(recipe: Recipe, planner: Planner, segment: Segment) -> tuple[str, ..
     return tuple(tokenizer.decode([token], special=True).strip() for token in segment.payload.tolist())
 
 
-def by_block(segments: Sequence[DrawnSegment]) -> list[list[DrawnSegment]]:
+def by_block(segments: Iterable[DrawnSegment]) -> list[list[DrawnSegment]]:
     """Segments grouped into attention blocks, in order; those outside the table stand alone."""
     blocks: list[list[DrawnSegment]] = []
     for drawn in segments:

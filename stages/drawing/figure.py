@@ -34,7 +34,7 @@ from stages.drawing.svg import (
 from stages.model import covers
 from stages.parts.objectives import ContrastiveConfig
 from stages.recipe import Phase, Recipe
-from stages.sequence.segment import MaskKind, PositionKind
+from stages.sequence.segment import MaskKind
 
 WIDTH, MARGIN, INSET = 1200, 28, 26
 INNER = WIDTH - 2 * MARGIN - 2 * INSET  # what a panel has for its content
@@ -646,7 +646,7 @@ def table_of(figure: Figure, example: Example) -> tuple[list[DrawnSegment], list
                 f"{len(drawn.labels)}" + (f" ({' x '.join(map(str, grid))})" if len(grid) > 1 else ""),
                 drawn.objective or ("predicted" if drawn.is_target else "given"),
                 str(drawn.segment.mask),
-                position_words(drawn),
+                drawn.clock,
                 *([drawn.expert] if figure.experts else []),
             ]
         )
@@ -699,15 +699,6 @@ def notes_of(drawn: DrawnSegment) -> list[str]:
     if drawn.segment.mask == MaskKind.ISOLATED:
         notes.append("no later block sees it")
     return notes
-
-
-def position_words(drawn: DrawnSegment) -> str:
-    """Where the rotary clock stands: "8", "0-7", or rows and columns for a grid."""
-    ranges = [(min(axis), max(axis)) for axis in zip(*drawn.positions, strict=True)]
-    spans = [f"{low}" if low == high else f"{low}-{high}" for low, high in ranges]
-    if drawn.segment.positions == PositionKind.GRID:
-        return f"t {spans[0]}, h {spans[1]}, w {spans[2]}"
-    return spans[0]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------------------
