@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stages.draw import draw_svg
+from stages.drawing.figure import draw_recipe
 from stages.errors import RecipeError
 from stages.files import write_atomic
 from stages.recipe import load_recipe
@@ -232,7 +232,7 @@ def layouts(folders: list[Folder]) -> list[Markup]:
                 file = Path(folder) / "recipe.toml"
                 file.write_text(toml, encoding="utf-8")
                 try:
-                    drawing: Child = Markup(draw_svg(load_recipe(file)))
+                    drawing: Child = Markup(draw_recipe(load_recipe(file)))
                 except RecipeError as error:  # written by another version
                     drawing = el("p", {}, f"This recipe cannot be drawn: {error.message.replace(str(file), 'recipe')}")
             drawings.append(el("figure", {"class": "drawing", "tabindex": 0}, drawing))
