@@ -141,3 +141,11 @@ def describe_port(recipe: Recipe, name: str, port: Port) -> str:
     if port.objective is not None:
         words.append(port.objective.kind)
     return ", ".join(word for word in words if word)
+
+
+def count_words(value: float) -> str:
+    """1448214528 → "1.45 B"."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:,.0f} {letter}" if value >= 100 * size else f"{value / size:.3g} {letter}"
+    return f"{value:.0f}"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.anatomy import Part, learns, model_size, parts_of, weights_of
+from stages.anatomy import Part, count_words, learns, model_size, parts_of, weights_of
 from stages.drawing.example import DrawnSegment, Example, by_block, examples_of
 from stages.drawing.svg import (
     EXPERT_COLOURS,
@@ -118,14 +118,6 @@ def grain(figure: Figure) -> str:
     )  # fmt: skip
 
 
-def count(value: float) -> str:
-    """1448214528 → "1.45 B"."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.0f}"
-
-
 # --- header -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,9 +130,9 @@ def header(figure: Figure, examples: Sequence[Example]) -> Drawn:
         y += 24
         content.append(text(MARGIN, y, line, "soft", 15))
     size = model_size(recipe)
-    facts = [f"size {recipe.size}" + (f", {count(size)} parameters" if size else "")]
+    facts = [f"size {recipe.size}" + (f", {count_words(size)} parameters" if size else "")]
     if paper.parameters:
-        facts.append(f"published {count(paper.parameters)}")
+        facts.append(f"published {count_words(paper.parameters)}")
     elif paper.nominal:
         facts.append(f"published as {paper.nominal}")
     if recipe.scope:
@@ -737,7 +729,7 @@ def parts_panel(figure: Figure) -> Drawn:
             text(
                 INSET + starts[3] + 72,
                 y + 18,
-                count(part.parameters) if part.parameters else "none",
+                count_words(part.parameters) if part.parameters else "none",
                 "end" if part.parameters else "end soft",
                 12,
             )
