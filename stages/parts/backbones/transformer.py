@@ -10,6 +10,8 @@ Shape letters: b rows, l row length, q/k query and key length, d width, a heads,
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -87,54 +89,96 @@ class KeyValueCache:
     carry sample_id -1 in `layout`, which nobody attends to, so ragged prompts need no second mechanism.
 
     A forward pass writes its columns behind the committed ones; without `commit` the next pass overwrites them. Denoising steps
-    and rounds of masked decoding therefore reuse the prefix and leave no trace.
+    and rounds of masked decoding therefore reuse the prefix and leave no trace. Where many columns follow one by one, their layout
+    is reserved at once and each pass is kept by `advance`.
     """
 
     def __init__(self, config: TransformerConfig, layout: Layout, capacity: int, dtype: torch.dtype) -> None:
         b = layout.shape[0]
-        shape = (b, config.kv_heads or config.heads, capacity, config.attention_dim)
         device = layout.sample_id.device
+        shape = (b, config.kv_heads or config.heads, capacity, config.attention_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.depth)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.depth)]
-        self.layout = layout.columns(0, 0)
-        self.capacity = capacity
+        self.table = Layout(**{name: value.new_zeros(b, capacity, *value.shape[2:]) for name, value in vars(layout).items()})
+        self.capacity, self.length = capacity, 0
 
     @property
-    def length(self) -> int:
-        return self.layout.shape[1]
+    def layout(self) -> Layout:
+        """Of the committed columns (b, length)."""
+        return self.table.columns(0, self.length)
+
+    def reserve(self, layout: Layout) -> Layout:
+        """Say where the next columns stand; returns the layout up to and including them."""
+        stop = self.length + layout.shape[1]
+        if stop > self.capacity:
+            raise ValueError(f"the key/value cache holds {self.capacity} columns, {stop} are needed")
+        for name, value in vars(layout).items():
+            getattr(self.table, name)[:, self.length : stop] = value
+        return self.table.columns(0, stop)
+
+    def advance(self, count: int = 1) -> None:
+        """Keep the next `count` columns, which are reserved and were written by a pass."""
+        self.length += count
 
     def commit(self, layout: Layout) -> None:
         """Keep the columns the last forward pass wrote for `layout`."""
-        self.layout = self.layout.append(layout)
+        self.reserve(layout)
+        self.advance(layout.shape[1])
+
+    def end_rows(self, rows: Tensor) -> None:
+        """From the next column on, what is reserved for these rows (bool (b,)) is padding."""
+        self.table.sample_id[:, self.length :].masked_fill_(rows[:, None], -1)
 
     def extend(self, place: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new columns; returns that layer's keys and values up to and including them."""
-        start, stop = self.length, self.length + key.shape[2]
-        if stop > self.capacity:
-            raise ValueError(f"the key/value cache holds {self.capacity} columns, {stop} are needed")
-        self.keys[place][:, :, start:stop] = key
-        self.values[place][:, :, start:stop] = value
-        return self.keys[place][:, :, :stop], self.values[place][:, :, :stop]
+        """Write one layer's new columns; returns that layer's keys and values (b, kv, k, head_dim) up to and including them."""
+        start, count = self.length, key.shape[2]
+        keys, values = self.keys[place], self.values[place]
+        keys.narrow(2, start, count).copy_(key)
+        values.narrow(2, start, count).copy_(value)
+        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
 
 class Routing:
-    """Tokens grouped by expert, and back. With one expert both are the identity."""
+    """Tokens grouped by expert, and back. Where all tokens are of one expert, `only`, both are the identity."""
 
     def __init__(self, expert_id: Tensor, num_experts: int) -> None:
-        self.grouped = num_experts > 1
         flat = expert_id.reshape(-1)
-        self.counts = [flat.numel()]
-        if self.grouped:
+        self.counts = torch.bincount(flat, minlength=num_experts).tolist() if num_experts > 1 else [flat.numel()]
+        self.only = next((expert for expert, count in enumerate(self.counts) if count == flat.numel()), None)
+        if self.only is None:
             self.order = torch.argsort(flat, stable=True)
             self.inverse = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(flat.numel(), device=flat.device))
-            self.counts = torch.bincount(flat, minlength=num_experts).tolist()
 
     def group(self, x: Tensor) -> Tensor:
         """(n, ...) in table order → expert order."""
-        return x.index_select(0, self.order) if self.grouped else x
+        return x if self.only is not None else x.index_select(0, self.order)
 
     def ungroup(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.inverse) if self.grouped else x
+        return x if self.only is not None else x.index_select(0, self.inverse)
+
+    def through(self, copies: Sequence[nn.Module], x: Tensor) -> Tensor:
+        """One module, of which each expert may have its own copy, applied to tokens in expert order."""
+        if len(copies) == 1:
+            return copies[0](x)
+        if self.only is not None:
+            return copies[self.only](x)
+        chunks = zip(copies, x.split(self.counts), strict=True)
+        return torch.cat([module(chunk) for module, chunk in chunks if len(chunk)])
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """All that a pass needs to know of places, and nothing of content: it is made once where many passes share it.
+
+    cos, sin: (b, l, 1, head_dim). mask: added to attention scores (b, 1, q, k); without one every row sees every column, or with
+    `causal` those up to its own.
+    """
+
+    routing: Routing
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    causal: bool
 
 
 class Stack(nn.Module):
@@ -193,7 +237,15 @@ class Transformer(nn.Module):
         common = tuple(role for role in roles if role not in owned)
         self.experts = nn.ModuleDict({name: Stack(config, owned) for name in config.experts})
         self.shared = Stack(config, common) if common else None
-        self._owned = owned
+        # for each layer, role → the module all share, or one copy an expert; the stacks above own them
+        owners = [stack for stack in [self.shared, *self.experts.values()] if isinstance(stack, Stack)]
+        self._layers: list[dict[str, list[nn.Module]]] = [{} for _ in range(config.depth)]
+        for owner in owners:
+            for place, layer in enumerate(owner.layers):
+                assert isinstance(layer, nn.ModuleDict)
+                for role, module in layer.items():
+                    self._layers[place].setdefault(role, []).append(module)
+        self._final_norm = [owner.final_norm for owner in owners if hasattr(owner, "final_norm")]
 
     def init_weights(self, generator: Generator) -> None:
         stacks = [stack for stack in self.experts.values() if isinstance(stack, Stack)]
@@ -211,73 +263,55 @@ class Transformer(nn.Module):
             if name != source:
                 stack.load_state_dict(weights)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | Arrangement, cache: KeyValueCache | None = None) -> Tensor:
+        """layout: where the tokens stand, or what `arrange` made of that."""
         b, length, _ = x.shape
-        routing = Routing(layout.expert_id, len(self.config.experts))
-        cos, sin = self._rotation(layout.positions, x.dtype)
-        causal = cache is None and is_causal(layout)
-        keys = layout if cache is None else cache.layout.append(layout)
-        mask = None if causal else additive(may_attend(layout, keys), x.dtype)
+        places = layout if isinstance(layout, Arrangement) else self.arrange(layout, cache, x.dtype)
+        routing = places.routing
         grouped = routing.group(x.reshape(b * length, -1))  # (n, d)
-        for place in range(self.config.depth):
-            normed = self._through(place, "attention_norm", grouped, routing)
-            attended = self._attend(place, normed, routing, (b, length), (cos, sin), mask, causal, cache)
-            grouped = grouped + self._drop(self._through(place, "out", attended, routing))
-            normed = self._through(place, "mlp_norm", grouped, routing)
-            grouped = grouped + self._drop(self._through(place, "mlp", normed, routing))
-        return routing.ungroup(self._each("final_norm", grouped, routing)).reshape(b, length, -1)
+        for place, layer in enumerate(self._layers):
+            normed = routing.through(layer["attention_norm"], grouped)
+            attended = self._attend(place, layer, normed, (b, length), places, cache)
+            grouped = grouped + self._drop(routing.through(layer["out"], attended))
+            normed = routing.through(layer["mlp_norm"], grouped)
+            grouped = grouped + self._drop(routing.through(layer["mlp"], normed))
+        return routing.ungroup(routing.through(self._final_norm, grouped)).reshape(b, length, -1)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+    # places
 
-    def _attend(
-        self,
-        place: int,
-        normed: Tensor,
-        routing: Routing,
-        shape: tuple[int, int],
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
-        """normed (n, d) in expert order → attended (n, a·head_dim) in expert order."""
-        c = self.config
-        kv_heads, dim = c.kv_heads or c.heads, c.attention_dim
-        qkv = self._through(place, "qkv", normed, routing)
-        q, k, v = qkv.split([c.heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
-        if c.qk_norm:
-            q = self._through(place, "q_norm", q.reshape(-1, c.heads, dim), routing)
-            k = self._through(place, "k_norm", k.reshape(-1, kv_heads, dim), routing)
-        q, k, v = (routing.ungroup(part.reshape(-1, heads, dim)) for part, heads in ((q, c.heads), (k, kv_heads), (v, kv_heads)))
-        q, k, v = (part.reshape(*shape, -1, dim).transpose(1, 2) for part in (q, k, v))  # (b, a, l, head_dim)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.extend(place, k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=kv_heads != c.heads)
-        return routing.group(attended.transpose(1, 2).reshape(shape[0] * shape[1], -1))
+    def arrange(self, layout: Layout, cache: KeyValueCache | None, dtype: torch.dtype) -> Arrangement:
+        """What one pass over `layout`, behind the committed columns of `cache`, needs to know of places."""
+        routing = Routing(layout.expert_id, len(self.config.experts))
+        cos, sin = self._rotation(layout.positions, dtype)
+        causal = (cache is None or not cache.length) and is_causal(layout)
+        keys = layout if cache is None else cache.reserve(layout)
+        mask = None if causal else additive(may_attend(layout, keys), dtype)
+        return Arrangement(routing, cos, sin, mask, causal)
 
-    def _through(self, place: int, name: str, x: Tensor, routing: Routing) -> Tensor:
-        """One module of one layer, each expert on its own tokens."""
-        if self.shared is not None:
-            layer = self.shared.layers[place]
-            assert isinstance(layer, nn.ModuleDict)
-            if name in layer:
-                return layer[name](x)
-        stacks = [stack for stack in self.experts.values() if isinstance(stack, Stack)]
-        if len(stacks) == 1:
-            return stacks[0].layers[place][name](x)  # type: ignore[index]
-        chunks = zip(stacks, x.split(routing.counts), strict=True)
-        return torch.cat([stack.layers[place][name](chunk) for stack, chunk in chunks if len(chunk)])  # type: ignore[index]
-
-    def _each(self, name: str, x: Tensor, routing: Routing) -> Tensor:
-        if self.shared is not None and hasattr(self.shared, name):
-            return getattr(self.shared, name)(x)
-        chunks = zip(self.experts.values(), x.split(routing.counts), strict=True)
-        return torch.cat([getattr(stack, name)(chunk) for stack, chunk in chunks if len(chunk)])
+    def arrange_columns(self, cache: KeyValueCache, count: int) -> list[Arrangement]:
+        """The next `count` reserved columns, one pass each; every pass is kept (`cache.advance`) before the next one runs."""
+        start = cache.length
+        keys = cache.table.columns(0, start + count)
+        layout = keys.columns(start, start + count)
+        visible = may_attend(layout, keys)
+        everything = bool(visible.tril(start).sum() == torch.ones_like(visible[:1]).tril(start).sum() * len(visible))
+        mask = None if everything else additive(visible, cache.keys[0].dtype)
+        cos, sin = (wave.split(1, dim=1) for wave in self._rotation(layout.positions, cache.keys[0].dtype))
+        experts = len(self.config.experts)
+        same = Routing(layout.expert_id, experts)
+        return [
+            Arrangement(
+                same if same.only is not None else Routing(layout.expert_id[:, place], experts),
+                cos[place],
+                sin[place],
+                None if mask is None else mask[:, :, place : place + 1, : start + place + 1],
+                causal=False,
+            )
+            for place in range(count)
+        ]
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (b, 1, l, head_dim / 2) for positions (b, l, 3)."""
+        """cos and sin as `rotate` takes them, (b, l, 1, head_dim), for positions (b, l, 3)."""
         half = self.config.attention_dim // 2
         rope = self.config.rope
         rate = rope.theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
@@ -286,10 +320,47 @@ class Transformer(nn.Module):
         else:
             axis = torch.repeat_interleave(torch.arange(3, device=positions.device), torch.tensor(rope.axes, device=positions.device) // 2)
             angle = positions.float().index_select(2, axis) * rate
-        return angle.cos().unsqueeze(1).to(dtype), angle.sin().unsqueeze(1).to(dtype)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], dim=-1).unsqueeze(2).to(dtype), torch.cat([-sin, sin], dim=-1).unsqueeze(2).to(dtype)
+
+    # layers
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _attend(
+        self,
+        place: int,
+        layer: dict[str, list[nn.Module]],
+        normed: Tensor,
+        shape: tuple[int, int],
+        places: Arrangement,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """normed (n, d) in expert order → attended (n, a·head_dim) in expert order."""
+        c = self.config
+        kv_heads, dim = c.kv_heads or c.heads, c.attention_dim
+        routing = places.routing
+        qkv = routing.through(layer["qkv"], normed)
+        if c.qk_norm:
+            q, k, v = qkv.split([c.heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+            q = routing.through(layer["q_norm"], q.reshape(-1, c.heads, dim))
+            k = routing.through(layer["k_norm"], k.reshape(-1, kv_heads, dim))
+            qkv = torch.cat([q.flatten(1), k.flatten(1), v], dim=1)
+        heads = routing.ungroup(qkv).view(*shape, -1, dim)  # queries, keys, values: (b, l, a + 2 kv, head_dim)
+        turning, v = heads.split([c.heads + kv_heads, kv_heads], dim=2)
+        q, k = rotate(turning, places.cos, places.sin).split([c.heads, kv_heads], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, a, l, head_dim)
+        if cache is not None:
+            k, v = cache.extend(place, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, is_causal=places.causal, enable_gqa=kv_heads != c.heads)
+        return routing.group(attended.transpose(1, 2).reshape(shape[0] * shape[1], -1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (b, a, l, head_dim): channel i turns with channel i + head_dim / 2, as Llama's."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    """Rotary embedding of x (..., head_dim): channel i turns with channel i + head_dim / 2, as Llama's.
+
+    cos (..., head_dim) holds each angle's cosine twice, sin its sine with a minus before the first half; then the two halves turn
+    in one product each.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
