@@ -145,7 +145,7 @@ def make_samples(folder: Path, shards: str, out: Path, options: RunOptions, run:
             untrained = "controls" in place.parts[len(out.parts) :]
             run.say(f"{'untrained control' if untrained else 'samples'}: {place}")
             if recipe.backbones:
-                sample(folder, spec, place, options, untrained=untrained)
+                sample(folder, spec, place, options, untrained=untrained, likelihood=True)
             elif recipe.autoencoders:
                 reconstruct(folder, recipe, spec, place, options, untrained=untrained)
             else:

@@ -30,6 +30,7 @@ from stages.parts.samplers import AutoregressiveConfig
 from stages.parts.views.square import to_pixels
 from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
 from stages.run import Run
+from stages.sequence.pack import pack
 from stages.sequence.plan import PLACEHOLDER, Planner
 from stages.sequence.segment import Content, MaskKind, Role
 from stages.training.checkpoint import fingerprint, load_model, open_checkpoint
@@ -68,16 +69,18 @@ def sample(
     save_files: bool = False,
     num_samples: int = 1,
     untrained: bool = False,
+    likelihood: bool = False,
 ) -> Path:
     """Write the answers of one checkpoint. Returns the folder of shards.
 
     tasks: default all that fit the prompts. sets: `sample.PORT.key=value`, how to sample; nothing else of a trained recipe can
-    change. untrained: the same network with its initial weights, as a control.
+    change. untrained: the same network with its initial weights, as a control. likelihood: also how well the model predicts the
+    true texts of the prompts, as `sample.likelihood`.
     """
     deterministic()
     device = resolve_device(options.device)
     folder = resolve(str(model))
-    writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained)
+    writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained, likelihood=likelihood)
     source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options, out)
     first = source[0]
     writer.choose_tasks(set(first.fields), given_prompt=prompts is None)
@@ -141,7 +144,7 @@ class Writer:
         recipe, self.travelling = load_travelling(load_recipe(folder, sets=list(sets)), checkpoint.tokenizers, device)
         self.recipe: Recipe = recipe
         self.planner = Planner(recipe, self.travelling.text, dict(self.model.encoders.items()))
-        self.options, self.asked = options, list(tasks)
+        self.options, self.asked, self.likelihood = options, list(tasks), likelihood
         self.tasks: list[str] = []
 
     # which tasks
@@ -198,6 +201,8 @@ class Writer:
                 meta = entry.fields.get("meta", {})
                 about = {"prompt_key": entry.key, "seed": self.options.seed, "tasks": self.tasks, "number": number}
                 written = {f"sample.{name}": value for name, value in outputs[place, number].items()}
+                if self.likelihood:
+                    written["sample.likelihood"] = self.likelihood_of(ready[place])
                 yield Sample(key, {**entry.fields, **written, "meta": {**(meta if isinstance(meta, dict) else {"prompt": meta}), **about}})
 
     def with_contents(self, entry: Sample) -> Sample:
@@ -275,6 +280,30 @@ class Writer:
         if PLACEHOLDER.search(segment.text) or segment.field:
             raise RecipeError(f"the task '{jobs[0].task}' gives '{segment.field or segment.text}' after something the model writes")
         session.write(session.repeat([self.planner.literal(segment)] * len(jobs)))
+
+    @torch.no_grad()
+    def likelihood_of(self, entry: Sample) -> list[dict[str, Any]]:
+        """The cross-entropy of the prompt's true texts, for each task the model learned that predicts text and that the prompt fits.
+
+        One dict a task: nats over all supervised text tokens, and the bytes of the texts they spell.
+        """
+        found = []
+        for name in dict.fromkeys(task for phase in self.recipe.phases for task in phase.tasks):
+            spec = self.recipe.tasks[name]
+            texts = [segment for segment in spec.flat() if segment.role == Role.TARGET and segment.fields]
+            if not texts or any(self.recipe.ports[segment.port].content != Content.TOKEN_IDS for segment in texts):
+                continue
+            if not self.planner.can_plan(name, entry.fields):
+                continue
+            sequence = self.planner.plan(entry, name, None)
+            records = [record for part in spec.segments if isinstance(part, EachSpec) for record in entry.fields[part.each]] or [
+                entry.fields
+            ]
+            size = sum(len(record[field].encode()) for record in records for segment in texts for field in segment.fields)
+            losses = self.model.losses(pack([sequence]).to(next(self.model.parameters()).device), torch.Generator().manual_seed(0))
+            nats = sum(float(loss.total) for port, loss in losses.items() if port in {segment.port for segment in texts})
+            found.append({"task": name, "nats": round(nats, 4), "bytes": size})
+        return found
 
     @torch.no_grad()
     def write_freely(self, prompt: Sample) -> dict[str, Any]:

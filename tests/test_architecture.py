@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("mmgen_cli", "stages") for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted((ROOT / "stages" / "recipes").rglob("*.toml"))
-FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report")
+FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report", "drawing")
 BASICS = {"stages.errors", "stages.options", "stages.files"}  # what everybody may import
 
 
@@ -73,7 +73,7 @@ def test_parts_know_neither_recipes_nor_stages_nor_data() -> None:
 
 def test_folders_never_import_a_stage() -> None:
     """Only the recipe, the model and the run folder are shared; a stage is a story nobody else reads from."""
-    shared = BASICS | {"stages.recipe", "stages.model", "stages.run", "stages.progress", "stages.hub"}
+    shared = BASICS | {"stages.recipe", "stages.model", "stages.run", "stages.progress", "stages.hub", "stages.anatomy"}
     for path in SOURCES:
         if layer_of(name_of(path)) in FOLDERS:
             stages = {module for module in imports_of(path) if layer_of(module) == "stage"} - shared - {"stages"}

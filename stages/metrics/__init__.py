@@ -1,6 +1,7 @@
 """Every metric by the name it has in results.json. A new one is a new file and a new row here; which of them apply to a set of
 samples is decided by the fields it has."""
 
+from stages.metrics.bits_per_byte import BitsPerByte
 from stages.metrics.caption_correctness import CaptionCorrectness
 from stages.metrics.codebook import Codebook
 from stages.metrics.frechet import FrechetDistance
@@ -15,6 +16,7 @@ METRICS: dict[str, type[Metric]] = {
     "scene-accuracy": SceneAccuracy,
     "question-accuracy": QuestionAccuracy,
     "caption-correctness": CaptionCorrectness,
+    "bits-per-byte": BitsPerByte,
     "retrieval": Retrieval,
     "psnr": PSNR,
     "ssim": SSIM,

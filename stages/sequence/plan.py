@@ -83,10 +83,11 @@ class Planner:
 
     # training
 
-    def plan(self, sample: Sample, task: str, rng: random.Random) -> Sequence:
-        """One training example: conditions dropped by chance, list fields drawn from. Raises MissingField."""
+    def plan(self, sample: Sample, task: str, rng: random.Random | None) -> Sequence:
+        """One training example: conditions dropped by chance, list fields drawn from; without `rng` nothing is dropped and every
+        record is there in order. Raises MissingField."""
         spec = self.recipe.tasks[task]
-        dropped = self._draw_dropped(spec, rng)
+        dropped = self._draw_dropped(spec, rng) if rng is not None else set()
         segments: list[Segment] = []
         held = 0
         for segment_spec, values in self._filled(spec.segments, sample, rng):
