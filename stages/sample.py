@@ -135,6 +135,7 @@ class Writer:
         sets: Sequence[str] = (),
         *,
         untrained: bool = False,
+        likelihood: bool = False,
     ) -> None:
         for assignment in sets:
             if not assignment.startswith("sample."):
