@@ -6,7 +6,7 @@ positions, markers and experts cannot differ. Denoising steps and rounds of mask
 trace; the finished block is then committed clean, by a pass of its own, before anything is written after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from stages.errors import RecipeError
 from stages.model import Model
-from stages.parts.backbones import KeyValueCache
+from stages.parts.backbones import Arrangement, KeyValueCache
 from stages.parts.layers import unpatchify
 from stages.parts.samplers import AutoregressiveConfig, DenoiseSamplerConfig, Guide, MaskedConfig, SamplerConfig, sample_denoised
 from stages.parts.samplers.noise import sample_generator, sample_normals, sample_uniforms
@@ -26,6 +26,7 @@ from stages.sequence.plan import PLACEHOLDER, Planner
 from stages.sequence.segment import Batch, Layout, PortRows, Segment
 
 UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode step draws none
+WINDOW = 32  # columns whose masks and rotations are made at once, so that a decode step makes none
 
 
 @dataclass
@@ -92,47 +93,79 @@ class Session:
         A stop token joins the context but is not returned; a switch token (the marker of a picture) does neither: who writes the
         picture writes its marker. Passes that drop the segment's group do not see it. Without `guide` the full condition decides.
         """
-        expert = self.planner.expert_of(spec.port)
         generators = self.generators()
-        index, block, clock = (
-            torch.tensor([getattr(c, name) for c in self.cursors], device=self.device) for name in ("index", "block", "clock")
-        )
+        self.cache.reserve(self._text_layout(self.planner.expert_of(spec.port), sampler.max_tokens))
+        columns = self._columns(sampler.max_tokens)
         sees = torch.tensor([spec.group not in drop for drop in self.guide.drops for _ in range(self.b)], device=self.device)
-        stops, switches = (torch.tensor(list(ids), dtype=torch.int64, device=self.device) for ids in (stop, switch))
-        alive = torch.ones(self.b, dtype=torch.bool, device=self.device)
-        ended = torch.full((self.b,), -1, dtype=torch.int64, device=self.device)
-        uniforms = torch.empty(self.b, 0, device=self.device)
-        steps = torch.zeros_like(index)
-        written: list[Tensor] = []
+        written: list[list[int]] = [[] for _ in self.prompts]
+        ended, steps = [-1] * self.b, [0] * self.b
+        living = list(range(self.b))
+        on = self._keep_rows(living, sees)
         for place in range(sampler.max_tokens):
             if place % UNIFORMS == 0:
                 uniforms = sample_uniforms(generators, (UNIFORMS,), device=self.device)
             logits = self.guided(self.model.predict(spec.port, self.last)) if guide else self.model.predict(spec.port, self.last[: self.b])
             ids = sampler.choose(logits, uniforms[:, place % UNIFORMS])
-            stopping, switching = alive & torch.isin(ids, stops), alive & torch.isin(ids, switches)
-            ended = torch.where(stopping | switching, ids, ended)
-            written.append(torch.where(alive & ~stopping & ~switching, ids, -1))
-            alive = alive & ~switching
-            rows_on = alive.repeat(self.passes) & sees
-            layout = Layout(
-                sample_id=torch.where(rows_on, torch.arange(len(index), device=self.device), -1)[:, None],  # as continue_rows numbers them
-                block_id=block[:, None] + 1,
-                index=(index + steps)[:, None],
-                full=torch.zeros_like(rows_on)[:, None],
-                isolated=torch.zeros_like(rows_on)[:, None],
-                positions=(clock + steps)[:, None, None].expand(-1, 1, 3),
-                expert_id=torch.full_like(index, expert)[:, None],
-            )
-            hidden = self.model.backbone(self.model.embed_ids(spec.port, ids.repeat(self.passes)).unsqueeze(1), layout, self.cache)
-            self.cache.commit(layout)
-            self.last = torch.where(rows_on[:, None], hidden.squeeze(1), self.last)
-            steps = steps + rows_on
-            alive = alive & ~stopping
-            if not bool(alive.any()):
+            tokens = ids.tolist()
+            stopping = [i for i in living if tokens[i] in stop or tokens[i] in switch]
+            joining = [i for i in living if tokens[i] not in switch]
+            for i in stopping:
+                ended[i] = tokens[i]
+            if not joining:
                 break
-        moved = steps.tolist()
+            if len(joining) < len(living):
+                on = self._keep_rows(joining, sees)
+            self._step(spec.port, ids, next(columns), on)
+            for i in joining:
+                steps[i] += 1
+            if stopping:
+                living = [i for i in living if i not in stopping]
+                on = self._keep_rows(living, sees)
+            for i in living:
+                written[i].append(tokens[i])
+            if not living:
+                break
+        moved = [n if seen else 0 for n, seen in zip(steps * self.passes, sees.tolist(), strict=True)]
         self.cursors = [Cursor(c.index + n, c.block + (n > 0), c.clock + n) for c, n in zip(self.cursors, moved, strict=True)]
-        return [[token for token in row if token >= 0] for row in torch.stack(written, dim=1).tolist()], ended.tolist()
+        return written, ended
+
+    def _keep_rows(self, samples: Sequence[int], sees: Tensor) -> Tensor:
+        """Bool (rows,): those of `samples`, in passes that see the text. From here on the columns of all others are padding."""
+        on = torch.zeros(self.b, dtype=torch.bool)
+        on[list(samples)] = True
+        rows = on.to(self.device).repeat(self.passes) & sees
+        self.cache.end_rows(~rows)
+        return rows
+
+    def _columns(self, count: int) -> Iterator[Arrangement]:
+        """The next `count` reserved columns, to be passed one by one; prepared a window at a time."""
+        for start in range(0, count, WINDOW):
+            yield from self.model.backbone.arrange_columns(self.cache, min(WINDOW, count - start))
+
+    def _step(self, name: str, ids: Tensor, column: Arrangement, on: Tensor) -> None:
+        """One more token of each sample joins every pass; rows that are not `on` keep their last hidden row."""
+        vectors = self.model.embed_ids(name, ids.repeat(self.passes)).unsqueeze(1)
+        hidden = self.model.backbone(vectors, column, self.cache)
+        self.cache.advance()
+        self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
+
+    def _text_layout(self, expert: int, length: int) -> Layout:
+        """Where `length` more tokens of text stand in every row: one causal block."""
+        index, block, clock = (
+            torch.tensor([getattr(c, name) for c in self.cursors], device=self.device)[:, None] for name in ("index", "block", "clock")
+        )
+        ahead = torch.arange(length, device=self.device)
+        rows = torch.arange(len(self.cursors), device=self.device)  # as continue_rows numbers them
+        shape = (len(self.cursors), length)
+        return Layout(
+            sample_id=rows[:, None].expand(shape),
+            block_id=(block + 1).expand(shape),
+            index=index + ahead,
+            full=torch.zeros(shape, dtype=torch.bool, device=self.device),
+            isolated=torch.zeros(shape, dtype=torch.bool, device=self.device),
+            positions=(clock + ahead)[:, :, None].expand(*shape, 3),
+            expert_id=torch.full(shape, expert, device=self.device),
+        )
 
     def stop_token(self, spec: SegmentSpec) -> int | None:
         """The token that ends a text segment: the first of the literal after its last field, if there is one."""
@@ -182,17 +215,14 @@ class Session:
 
     def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """One code after another, each drawn from the port's own ids only."""
-        rows_on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
         uniforms = sample_uniforms(self.generators(), (length,), device=self.device)
+        self.cache.reserve(batch.layout)
         codes: list[Tensor] = []
-        for place in range(length):
+        for place, column in enumerate(self._columns(length)):
             logits = self.guided(self.model.predict(name, self.last))
-            ids = sampler.choose(logits, uniforms[:, place])
-            codes.append(ids)
-            layout = batch.layout.columns(place, place + 1)
-            hidden = self.model.backbone(self.model.embed_ids(name, ids.repeat(self.passes)).unsqueeze(1), layout, self.cache)
-            self.cache.commit(layout)
-            self.last = torch.where(rows_on[:, None], hidden.squeeze(1), self.last)
+            codes.append(sampler.choose(logits, uniforms[:, place]))
+            self._step(name, codes[-1], column, on)
         return torch.stack(codes, dim=1)
 
     def _codes_in_rounds(self, name: str, sampler: MaskedConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
