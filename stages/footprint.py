@@ -1,6 +1,7 @@
 """How much memory a training step should take: weights, gradients and Adam's moments counted, activations estimated.
 
-Convolutions and encoders run once on the meta device, where a tensor has a size but no memory, and what autograd would keep is added up.
+Convolutions and encoders run once with fake tensors, which have a size but no memory and choose the kernels of a real device, and what
+autograd would keep is added up.
 The transformer cannot (its experts and masks look at values), so what one token leaves behind in one layer is written down as a formula;
 a test holds it against what autograd really keeps. Temporary buffers and what the allocator rounds up are not in any of these numbers.
 """
@@ -9,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stages.anatomy import holds, learns
 from stages.model import vocabulary_slices
@@ -19,19 +21,21 @@ from stages.recipe import Phase, Recipe, vocabulary_owner
 FLOAT = 4  # bytes; weights, gradients, moments and activations are float32
 
 
-def kept_by_autograd(run: Callable[[], Any]) -> int:
-    """Bytes of the distinct buffers that `run` saves for its backward pass; on the meta device none of them exists."""
-    kept: dict[int, tuple[int, Any]] = {}
+def kept_by_autograd(module: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes of the distinct buffers that `run` saves for its backward pass, the weights of `module` apart; with fake tensors none
+    of them exists."""
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other buffer can get the number of one that was let go
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no other buffer can get its number
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    return sum(size for size, _ in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def transformer_bytes(config: TransformerConfig, row_length: int) -> int:
@@ -52,22 +56,22 @@ def encoder_bytes(recipe: Recipe, name: str) -> int:
     """Bytes one sample leaves in an encoder that learns: a picture of its view's size, or a text of its greatest length."""
     port = next(port for port in recipe.ports.values() if port.encoder == name)
     config: Any = recipe.encoders[name]
-    with torch.device("meta"):
+    with FakeTensorMode():
         if port.tokenizer:
             encoder = config.build(recipe.tokenizers[port.tokenizer].vocab_size)
             ids = torch.zeros(1, config.max_length, dtype=torch.int64)
-            return kept_by_autograd(lambda: encoder(ids, torch.ones(1, dtype=torch.int64)))
+            return kept_by_autograd(encoder, lambda: encoder(ids, torch.ones(1, dtype=torch.int64)))
         encoder = config.build(port.view.size)
-        return kept_by_autograd(lambda: encoder(torch.zeros(1, 3, port.view.size, port.view.size)))
+        return kept_by_autograd(encoder, lambda: encoder(torch.zeros(1, 3, port.view.size, port.view.size)))
 
 
 def autoencoder_bytes(recipe: Recipe, name: str, height: int, width: int) -> int:
     """Bytes one picture leaves in an autoencoder that learns, its quantizer apart."""
     config = recipe.autoencoders[name]
-    with torch.device("meta"):
+    with FakeTensorMode():
         autoencoder: Any = config.build()
         picture, latents = torch.zeros(1, 3, height, width), torch.zeros(1, config.latent_channels, *config.grid(height, width))
-        return kept_by_autograd(lambda: (autoencoder.encoder(picture), autoencoder.decode(latents)))
+        return kept_by_autograd(autoencoder, lambda: (autoencoder.encoder(picture), autoencoder.decode(latents)))
 
 
 def footprint(
