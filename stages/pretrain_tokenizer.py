@@ -343,7 +343,7 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
             if progress.due and not progress.last:
                 quick = measure(autoencoder, held_out, NUM_QUICK, device)
                 run.log(step=ledger.total_step, phase=phase.name, **{f"val/{name}": value for name, value in quick.items()})
-            stopped = progress.last and progress.step < progress.steps
+        stopped = ledger.step < phase.steps
         state = None
         averages = dict(average[0].weights()) if average else {}
         if stopped:

@@ -127,7 +127,7 @@ def train_phases(
             ):
                 if progress.due and validation is not None:
                     run.log(step=ledger.total_step, phase=phase.name, **validation.losses(model, device))
-                stopped = progress.last and progress.step < progress.steps
+            stopped = ledger.step < phase.steps
             state = None
             averages = dict(average[0].weights()) if average else {}
             if stream.too_long:

@@ -179,6 +179,8 @@ def fit(
         save_state(run.out, trainee.modules, optimizers, ema, facts)
 
     while ledger.step < phase.steps:
+        if options.max_steps is not None and ledger.total_step >= options.max_steps:
+            return  # an earlier launch or an earlier phase came this far
         generator = torch.Generator().manual_seed(stream_seed(options.seed, phase.name, "noise", ledger.step))
         batch = batches.next_batch()
         rate = learning_rate(phase, ledger.step)
