@@ -45,7 +45,8 @@ def text_tokenizer(special: tuple[str, ...] = SPECIAL) -> TextTokenizer:
 def recipe_from(text: str, *, size: str | None = None, sets: Sequence[str] = ()) -> Recipe:
     """A recipe from its TOML; texts without [sizes] start with `size = "tiny"`, as resolved recipes do."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "test.toml"
+        path = Path(folder) / "tests" / "test.toml"  # the folder's name becomes the family, which is part of a run's identity
+        path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
         return load_recipe(path, size=size, sets=list(sets))
 
