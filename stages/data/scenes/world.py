@@ -109,7 +109,7 @@ LEVELS: tuple[Level, ...] = (
         radii={"large": 6.5},
         max_objects=4,
         jitter=0,
-        shades=(0.92, 0.98),
+        shades=(0.95, 0.95),
         noise=0.004,
         held_out=(("triangle", "red"), ("square", "cyan")),
     ),
