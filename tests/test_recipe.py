@@ -63,8 +63,8 @@ def test_sizes_grow(name: str) -> None:
 
 
 def parameters_of(recipe: Recipe) -> int:
-    """Of the networks; of the autoencoder itself, without what only its training needs, where there is nothing else."""
-    if recipe.ports:
+    """Of all networks; of the autoencoder itself, without what only its training needs, where there is nothing else."""
+    if recipe.backbones or recipe.encoders:
         return count_parameters(meta_model(recipe))
     with torch.device("meta"):
         return sum(count_parameters(config.build()) for config in recipe.autoencoders.values())
