@@ -29,7 +29,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stages.anatomy import count_words, model_size
-from stages.errors import UsageError, nearest
+from stages.errors import MmgenError, UsageError, nearest
 from stages.files import write_atomic
 from stages.recipe import RECIPES, SIZES, Recipe, Stage, load_recipe, recipe_names
 
@@ -272,7 +272,10 @@ def make_ladder(*, everything: bool = False, tests: Path = TESTS, out: Path | No
     )
     wanted = {(name, rung) for name in paths for rung in RUNGS} - fresh
     recorder = Recorder(wanted)
-    code = int(pytest.main(["-m", "rung", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}", str(tests)], plugins=[recorder]))
+    files = [str(file) for file in sorted(tests.rglob("test_*.py")) if "mark.rung(" in file.read_text(encoding="utf-8")]
+    if not files:
+        raise UsageError(f"{tests}: no test proves a rung here", hint="the ladder is made from a checkout, where the tests are")
+    code = int(pytest.main([*files, "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"], plugins=[recorder]))
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         return code  # interrupted, or a file that cannot be collected: nothing was proved or disproved
     results = recorder.results()
@@ -382,4 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except MmgenError as problem:
+        print(f"{problem.message}\n{problem.hint}".rstrip(), file=sys.stderr)
+        sys.exit(problem.exit_code)

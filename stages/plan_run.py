@@ -242,7 +242,7 @@ def picture_phase(recipe: Recipe, phase: Phase, weights: Mapping[str, int], data
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan for people: a few aligned tables, the resolved recipe at the end."""
+    """The plan for people: a few aligned tables, the resolved recipe at the end. A caller may add `out` and what is in its `folder`."""
     size = plan["parameters"]
     published = (
         f", published {size['published']:,.0f}" if size["published"] else f", published as {size['nominal']}" if size["nominal"] else ""
@@ -254,6 +254,7 @@ def plan_text(plan: Plan) -> str:
         lines.append(
             f"{data['spec']}: {data['samples']:,} samples in {data['tars']} tar{'s' * (data['tars'] != 1)}, fields {', '.join(data['fields'])}"
         )
+    lines += [f"--out {plan['out']}: {plan['folder']}"] if "out" in plan else []
     lines += [f"note: {note}" for note in plan["notes"]]
     names = [phase["name"] for phase in plan["phases"]]
     rows = [["part", "kind", "parameters", *(f"in {name}" for name in names), "sizes"]]

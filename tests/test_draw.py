@@ -151,6 +151,7 @@ def test_the_drawn_mask_is_may_attend_of_the_planned_example(hard: Recipe) -> No
     np.testing.assert_array_equal(drawn, expected_mask(by_hand))
 
 
+@pytest.mark.rung("described")
 @pytest.mark.parametrize("name", sorted(recipe_names()))
 def test_every_recipe_can_be_drawn_at_every_size(name: str) -> None:
     for size in ("tiny", "small", "paper"):

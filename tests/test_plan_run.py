@@ -169,6 +169,7 @@ def test_the_plan_is_json_and_reads_well(world: World) -> None:
     row = next(line for line in lines if line.startswith("backbones.lm.experts.words"))
     assert row[head.index("in joint") :].startswith("learns")
     assert "phase joint: 10 steps of 3 samples (tasks draw 1, answer 1, paint 1)" in lines
+    assert "--out runs/x: new" in plan_text({**plan, "out": "runs/x", "folder": "new"}).splitlines()
     assert lines[-1] == mixed_recipe().to_toml().rstrip().splitlines()[-1]
 
 
