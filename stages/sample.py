@@ -228,6 +228,8 @@ class Writer:
             records: Sequence[int | None] = range(len(entry.fields[each])) if each else [None]
             jobs += [(place, Job(entry, task, number, record)) for number in range(num_samples) for record in records]
         results: dict[tuple[int, int], dict[str, Any]] = {}
+        if each is not None:  # also for prompts whose list is empty
+            results = {(place, number): {each: []} for place in range(len(group)) for number in range(num_samples)}
         for start in range(0, len(jobs), GROUP):
             part = jobs[start : start + GROUP]
             for (place, job), fields in zip(part, self.write([job for _, job in part]), strict=True):
@@ -239,7 +241,7 @@ class Writer:
                 written = next(iter(fields))
                 told = {name: value for name, value in record.items() if name != written}
                 answered = {**told, **fields, "truth": record.get(written, "")}
-                results.setdefault((place, job.number), {each: []})[each].append(answered)
+                results[place, job.number][each].append(answered)
         return results
 
     def write(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -407,7 +409,7 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
     if image is not None:
         try:
             with Image.open(image) as picture:
-                fields["image"] = np.asarray(picture.convert("RGB"))
+                fields["image"] = np.array(picture.convert("RGB"))
         except OSError as error:
             raise DataError(f"{image}: not a picture that can be read ({error})") from None
     if prompt is not None and writer.asked == [FREE]:
