@@ -1,0 +1,146 @@
+"""sample: shards in, shards out. What is written beside what, and that an answer depends on its prompt alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from worlds import World, make_world, mixed_recipe, sample_of
+
+from stages.data.sample import Sample
+from stages.data.shards import open_shards
+from stages.errors import DataError, UsageError
+from stages.options import RunOptions
+from stages.sample import sample
+from stages.train_unified import train_unified
+
+PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    samples = [sample_of(number, image=PICTURE) for number in range(5)]
+    samples[3].fields["qa"] = []  # a picture nobody asks about
+    return make_world(tmp_path_factory.mktemp("world"), mixed_recipe(), samples)
+
+
+@pytest.fixture(scope="module")
+def model(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model after one step, which writes nonsense: enough to see where it goes."""
+    out = tmp_path_factory.mktemp("model") / "run"
+    return train_unified(mixed_recipe(), str(world.shards), out, RunOptions(quiet=True, dtype="fp32", max_steps=1))
+
+
+def write(model: Path, world: World | None, out: Path, *, seed: int = 0, limit: int | None = None, **keys: Any) -> list[Sample]:
+    prompts = str(world.shards) if world is not None else None
+    return list(open_shards(str(sample(model, prompts, out, RunOptions(quiet=True, seed=seed, limit=limit), **keys))))
+
+
+def written(entry: Sample) -> dict[str, Any]:
+    return {name: value for name, value in entry.fields.items() if name.startswith("sample.")}
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    if first.keys() != second.keys():
+        return False
+    return all(
+        np.array_equal(value, second[name]) if isinstance(value, np.ndarray) else value == second[name] for name, value in first.items()
+    )
+
+
+def test_answers_stand_beside_their_prompt_under_its_key(model: Path, world: World, tmp_path: Path) -> None:
+    found = write(model, world, tmp_path / "out")
+    assert [entry.key for entry in found] == [entry.key for entry in world.samples]
+    for entry, prompt in zip(found, world.samples, strict=True):
+        assert entry.fields["caption"] == prompt.fields["caption"]
+        np.testing.assert_array_equal(entry.fields["image"], PICTURE)
+        assert set(written(entry)) == {"sample.image", "sample.qa"}
+        assert entry.fields["sample.image"].shape == (8, 12, 3)
+        assert entry.fields["meta"] == {"prompt_key": prompt.key, "seed": 0, "tasks": ["draw", "paint", "answer"], "number": 0}
+
+
+def test_every_question_gets_an_answer_and_keeps_its_truth(model: Path, world: World, tmp_path: Path) -> None:
+    for entry, prompt in zip(write(model, world, tmp_path / "out", tasks=["answer"]), world.samples, strict=True):
+        asked = prompt.fields["qa"]
+        assert [(record["question"], record["truth"]) for record in entry.fields["sample.qa"]] == [
+            (r["question"], r["answer"]) for r in asked
+        ]
+        assert all(isinstance(record["answer"], str) for record in entry.fields["sample.qa"])
+
+
+def test_several_answers_to_one_prompt_have_keys_of_their_own_and_differ(model: Path, world: World, tmp_path: Path) -> None:
+    found = write(model, world, tmp_path / "out", tasks=["draw"], num_samples=3, limit=2)
+    assert [entry.key for entry in found] == [f"{key}-s{number}" for key in ("0000", "0001") for number in (1, 2, 3)]
+    assert [entry.fields["meta"]["prompt_key"] for entry in found] == ["0000"] * 3 + ["0001"] * 3
+    assert len({entry.fields["sample.image"].tobytes() for entry in found}) > 3
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(model: Path, world: World, tmp_path: Path) -> None:
+    """One prompt alone, one task alone, the first of several: the same answer."""
+    everything = [written(entry) for entry in write(model, world, tmp_path / "all", num_samples=1)]
+    first = written(write(model, world, tmp_path / "limited", limit=1)[0])
+    assert same(first, everything[0])
+    answers = written(write(model, world, tmp_path / "answers", tasks=["answer"])[2])
+    assert answers["sample.qa"] == everything[2]["sample.qa"]
+    several = written(write(model, world, tmp_path / "several", num_samples=2)[0])
+    assert same(several, everything[0])
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_does_not(model: Path, world: World, tmp_path: Path) -> None:
+    def tars(name: str, seed: int) -> bytes:
+        write(model, world, tmp_path / name, seed=seed, tasks=["draw"])
+        return b"".join(path.read_bytes() for path in sorted((tmp_path / name).glob("*.tar")))
+
+    assert tars("a", 1) == tars("b", 1)
+    assert tars("a2", 1) != tars("c", 2)
+
+
+def test_the_untrained_control_is_another_network(model: Path, world: World, tmp_path: Path) -> None:
+    trained = write(model, world, tmp_path / "trained", tasks=["draw"])
+    control = write(model, world, tmp_path / "control", tasks=["draw"], untrained=True, seed=9)
+    assert any(not same(written(a), written(b)) for a, b in zip(trained, control, strict=True))
+
+
+def test_one_prompt_from_the_command_line_is_a_sample_too(model: Path, tmp_path: Path) -> None:
+    (drawn,) = write(model, None, tmp_path / "drawn", prompt="two green triangles", tasks=["draw"])
+    assert drawn.fields["caption"] == "two green triangles"
+    assert drawn.fields["sample.image"].shape == (8, 12, 3)
+    Image.fromarray(PICTURE).save(tmp_path / "picture.png")
+    (told,) = write(model, None, tmp_path / "told", prompt="how many?", image=tmp_path / "picture.png", tasks=["answer"])
+    assert [record["question"] for record in told.fields["sample.qa"]] == ["how many?"]
+
+
+def test_pictures_are_saved_as_files_when_asked_for(model: Path, world: World, tmp_path: Path) -> None:
+    found = write(model, world, tmp_path / "out", tasks=["draw"], save_files=True, limit=2)
+    for entry in found:
+        with Image.open(tmp_path / "out" / "files" / f"{entry.key}.image.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), entry.fields["sample.image"])
+
+
+def test_how_to_sample_may_change_and_nothing_else(model: Path, world: World, tmp_path: Path) -> None:
+    few = write(model, world, tmp_path / "few", tasks=["draw"], sets=["sample.codes.num_steps=1"])
+    many = write(model, world, tmp_path / "many", tasks=["draw"], sets=["sample.codes.num_steps=6"])
+    assert any(not same(written(a), written(b)) for a, b in zip(few, many, strict=True))
+    with pytest.raises(UsageError, match=r"--set backbones\.lm\.width=8: only sample\.\* can change after training"):
+        write(model, world, tmp_path / "wide", sets=["backbones.lm.width=8"])
+
+
+def test_prompts_that_fit_no_task_say_what_each_task_needs(model: Path, tmp_path: Path) -> None:
+    bare = make_world(tmp_path / "bare", mixed_recipe(), [Sample("a", {"title": "x"})])
+    with pytest.raises(DataError, match=r"fit no task of 'test' \(.*'draw' needs caption.*they have title"):
+        write(model, bare, tmp_path / "out")
+    with pytest.raises(DataError, match="the task 'draw' needs the field caption"):
+        write(model, bare, tmp_path / "out2", tasks=["draw"])
+    with pytest.raises(UsageError, match="--task drew: recipe 'test' has no such task") as caught:
+        write(model, bare, tmp_path / "out3", tasks=["drew"])
+    assert caught.value.hint == "did you mean 'draw'?"
+
+
+def test_the_run_records_model_and_prompts(model: Path, world: World, tmp_path: Path) -> None:
+    write(model, world, tmp_path / "out", tasks=["draw"], limit=1)
+    record = json.loads((tmp_path / "out" / ".mmgen" / "run.json").read_text())
+    assert record["stage"] == "sample"
+    assert [entry["path"] for entry in record["inputs"]] == [str(model), str(world.shards)]
+    assert all(len(entry["fingerprint"]) == 64 for entry in record["inputs"])
