@@ -275,7 +275,7 @@ def make_ladder(*, everything: bool = False, tests: Path = TESTS, out: Path | No
     files = [str(file) for file in sorted(tests.rglob("test_*.py")) if "mark.rung(" in file.read_text(encoding="utf-8")]
     if not files:
         raise UsageError(f"{tests}: no test proves a rung here", hint="the ladder is made from a checkout, where the tests are")
-    code = int(pytest.main([*files, "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"], plugins=[recorder]))
+    code = int(pytest.main([*files, "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tests.parent}"], plugins=[recorder]))
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         return code  # interrupted, or a file that cannot be collected: nothing was proved or disproved
     results = recorder.results()
