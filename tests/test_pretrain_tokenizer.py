@@ -18,7 +18,7 @@ from stages.parts.autoencoders.kl_cnn import KLAutoencoder
 from stages.parts.tokenizers import load_tokenizer
 from stages.parts.views.square import to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
-from stages.recipe import Recipe, load_recipe
+from stages.recipe import Recipe, load_recipe, recipe_names
 from stages.training.checkpoint import fingerprint, load_autoencoder, read_weights
 
 QUIET = RunOptions(quiet=True)
@@ -232,3 +232,11 @@ def test_shards_without_the_wanted_fields_are_refused_by_name(shards: Path, tmp_
 def test_recipes_that_cannot_be_trained_say_why(sets: dict[str, Any], said: str, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         pretrain_tokenizer(recipe("vqgan", **sets), str(shards), tmp_path / "out", QUIET)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "paper"])
+def test_one_text_tokenizer_serves_every_shipped_recipe(size: str) -> None:
+    (bpe,) = load_recipe("text-bpe", size=size).tokenizers.values()
+    for name in recipe_names():
+        for config in load_recipe(name, size=size).tokenizers.values():
+            assert set(config.special) <= set(bpe.special), name
