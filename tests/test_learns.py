@@ -73,6 +73,7 @@ def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
     return [(own, expected) for own, expected in zip(written, truth, strict=True) if own != expected]
 
 
+@pytest.mark.rung("learns")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in UNIFIED])
 def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, size="tiny")
