@@ -265,15 +265,15 @@ def make_world(
         tokenizer = ByteBPEConfig(vocab_size=300, special=special).train(CAPTIONS)
         tokenizers[f"tokenizers.{name}"] = folder / "tokenizers" / name
         tokenizer.save(folder / "tokenizers" / name)
-    for name, config in recipe.autoencoders.items():
+    for name, autoencoder_config in recipe.autoencoders.items():
         scratch = recipe_from('size = "tiny"\n[paper]\narxiv = "0"\n', sets=[])
         scratch = scratch.with_parts({f"autoencoders.{name}": recipe.source["autoencoders"][name]})
         torch.manual_seed(7)
-        autoencoder = config.build()
+        autoencoder = autoencoder_config.build()
         path = folder / "tokenizers" / name
         save_checkpoint(path, scratch, {f"autoencoders.{name}.{key}": value for key, value in autoencoder.state_dict().items()})
         tokenizers[f"autoencoders.{name}"] = path
-        writes[f"image.{config.store}"] = fingerprint(path)
+        writes[f"image.{autoencoder_config.store}"] = fingerprint(path)
     travelling = {f"{address.split('.')[1]}-{fingerprint(path)[:8]}": path for address, path in tokenizers.items()}
     present = {name: wrote for name, wrote in writes.items() if name in samples[0].fields}
     with ShardWriter(folder / "shards", split="train", tokenizers=travelling, field_tokenizers=present, samples_per_shard=5) as writer:
