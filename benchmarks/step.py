@@ -30,7 +30,7 @@ from torch import Generator, Tensor, nn
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
-from stages.decoding import Prompt, Session
+from stages.decoding import Prompt, Session, store_by_column
 from stages.model import Model, build_model, set_trainable
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
@@ -452,7 +452,7 @@ def check_losses(batch: Batch, model: Model, network: Plain, kind: str) -> None:
 
 
 def compare_sampling(world: World, size: str, b: int, tokens: int, rounds: int, *, peer: bool) -> None:
-    model, network = build_model(world.recipe, 0).eval(), Plain(**SIZES[size]).eval()
+    model, network = store_by_column(build_model(world.recipe, 0).eval()), Plain(**SIZES[size]).eval()
     network.take(model)
     prompts = torch.randint(3, world.tokenizer.vocab_size, (b, PROMPT_TOKENS), generator=Generator().manual_seed(0))
     sides: dict[str, Callable[[], object]] = {

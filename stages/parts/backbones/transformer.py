@@ -10,8 +10,9 @@ Shape letters: b rows, l row length, q/k query and key length, d width, a heads,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -138,6 +139,26 @@ class KeyValueCache:
         return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
 
+Function = Callable[[Tensor], Tensor]
+Layer = dict[str, list[Function]]
+
+
+def without_module(copy: Function) -> Function:
+    """The same function with its weights looked up once: in a decode step, calling modules takes as long as computing."""
+    if type(copy) is nn.Linear:
+        return partial(F.linear, weight=copy.weight, bias=copy.bias)
+    if type(copy) is RMSNorm:
+        return partial(torch.rms_norm, normalized_shape=(copy.dim,), weight=copy.weight, eps=copy.eps)
+    if type(copy) is SwiGLU:
+        return partial(_swiglu, gate_up=without_module(copy.gate_up), down=without_module(copy.down))
+    return copy
+
+
+def _swiglu(x: Tensor, gate_up: Function, down: Function) -> Tensor:
+    gate, up = gate_up(x).chunk(2, dim=-1)
+    return down(F.silu(gate) * up)
+
+
 class Routing:
     """Tokens grouped by expert, and back. Where all tokens are of one expert, `only`, both are the identity."""
 
@@ -156,24 +177,26 @@ class Routing:
     def ungroup(self, x: Tensor) -> Tensor:
         return x if self.only is not None else x.index_select(0, self.inverse)
 
-    def through(self, copies: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """One module, of which each expert may have its own copy, applied to tokens in expert order."""
+    def through(self, copies: Sequence[Function], x: Tensor) -> Tensor:
+        """One function, of which each expert may have its own copy, applied to tokens in expert order."""
         if len(copies) == 1:
             return copies[0](x)
         if self.only is not None:
             return copies[self.only](x)
         chunks = zip(copies, x.split(self.counts), strict=True)
-        return torch.cat([module(chunk) for module, chunk in chunks if len(chunk)])
+        return torch.cat([copy(chunk) for copy, chunk in chunks if len(chunk)])
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """All that a pass needs to know of places, and nothing of content: it is made once where many passes share it.
+    """All that a pass needs besides its content: what depends on places, and what each layer computes. Made once for many passes.
 
-    cos, sin: (b, l, 1, head_dim). mask: added to attention scores (b, 1, q, k); without one every row sees every column, or with
-    `causal` those up to its own.
+    layers: role → function, one that all experts share or one for each. cos, sin: (b, l, 1, head_dim). mask: added to attention
+    scores (b, 1, q, k); without one every row sees every column, or with `causal` those up to its own.
     """
 
+    layers: list[Layer]
+    final_norm: list[Function]
     routing: Routing
     cos: Tensor
     sin: Tensor
@@ -239,13 +262,13 @@ class Transformer(nn.Module):
         self.shared = Stack(config, common) if common else None
         # for each layer, role → the module all share, or one copy an expert; the stacks above own them
         owners = [stack for stack in [self.shared, *self.experts.values()] if isinstance(stack, Stack)]
-        self._layers: list[dict[str, list[nn.Module]]] = [{} for _ in range(config.depth)]
+        self._layers: list[Layer] = [{} for _ in range(config.depth)]
         for owner in owners:
             for place, layer in enumerate(owner.layers):
                 assert isinstance(layer, nn.ModuleDict)
                 for role, module in layer.items():
                     self._layers[place].setdefault(role, []).append(module)
-        self._final_norm = [owner.final_norm for owner in owners if hasattr(owner, "final_norm")]
+        self._final_norm: list[Function] = [owner.final_norm for owner in owners if hasattr(owner, "final_norm")]
 
     def init_weights(self, generator: Generator) -> None:
         stacks = [stack for stack in self.experts.values() if isinstance(stack, Stack)]
@@ -269,13 +292,13 @@ class Transformer(nn.Module):
         places = layout if isinstance(layout, Arrangement) else self.arrange(layout, cache, x.dtype)
         routing = places.routing
         grouped = routing.group(x.reshape(b * length, -1))  # (n, d)
-        for place, layer in enumerate(self._layers):
+        for place, layer in enumerate(places.layers):
             normed = routing.through(layer["attention_norm"], grouped)
             attended = self._attend(place, layer, normed, (b, length), places, cache)
             grouped = grouped + self._drop(routing.through(layer["out"], attended))
             normed = routing.through(layer["mlp_norm"], grouped)
             grouped = grouped + self._drop(routing.through(layer["mlp"], normed))
-        return routing.ungroup(routing.through(self._final_norm, grouped)).reshape(b, length, -1)
+        return routing.ungroup(routing.through(places.final_norm, grouped)).reshape(b, length, -1)
 
     # places
 
@@ -286,7 +309,7 @@ class Transformer(nn.Module):
         causal = (cache is None or not cache.length) and is_causal(layout)
         keys = layout if cache is None else cache.reserve(layout)
         mask = None if causal else additive(may_attend(layout, keys), dtype)
-        return Arrangement(routing, cos, sin, mask, causal)
+        return Arrangement(self._layers, self._final_norm, routing, cos, sin, mask, causal)
 
     def arrange_columns(self, cache: KeyValueCache, count: int) -> list[Arrangement]:
         """The next `count` reserved columns, one pass each; every pass is kept (`cache.advance`) before the next one runs."""
@@ -299,8 +322,12 @@ class Transformer(nn.Module):
         cos, sin = (wave.split(1, dim=1) for wave in self._rotation(layout.positions, cache.keys[0].dtype))
         experts = len(self.config.experts)
         same = Routing(layout.expert_id, experts)
+        layers = [{role: [without_module(copy) for copy in copies] for role, copies in layer.items()} for layer in self._layers]
+        final_norm = [without_module(copy) for copy in self._final_norm]
         return [
             Arrangement(
+                layers,
+                final_norm,
                 same if same.only is not None else Routing(layout.expert_id[:, place], experts),
                 cos[place],
                 sin[place],
@@ -331,7 +358,7 @@ class Transformer(nn.Module):
     def _attend(
         self,
         place: int,
-        layer: dict[str, list[nn.Module]],
+        layer: Layer,
         normed: Tensor,
         shape: tuple[int, int],
         places: Arrangement,
@@ -348,8 +375,8 @@ class Transformer(nn.Module):
             k = routing.through(layer["k_norm"], k.reshape(-1, kv_heads, dim))
             qkv = torch.cat([q.flatten(1), k.flatten(1), v], dim=1)
         heads = routing.ungroup(qkv).view(*shape, -1, dim)  # queries, keys, values: (b, l, a + 2 kv, head_dim)
-        turning, v = heads.split([c.heads + kv_heads, kv_heads], dim=2)
-        q, k = rotate(turning, places.cos, places.sin).split([c.heads, kv_heads], dim=2)
+        turning, v = heads.split_with_sizes([c.heads + kv_heads, kv_heads], dim=2)
+        q, k = rotate(turning, places.cos, places.sin).split_with_sizes([c.heads, kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, a, l, head_dim)
         if cache is not None:
             k, v = cache.extend(place, k, v)
