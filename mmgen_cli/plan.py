@@ -20,12 +20,11 @@ def import_plan(name: str, source: str | None, out: str, arguments: Mapping[str,
     return {"stage": "import", "importer": name, **given, "arguments": {**arguments, **shared}, "out": out, "folder": _folder(out)}
 
 
-def training_plan(recipe: "Recipe", stage: "Stage", shards: str, out: str) -> Plan | str:
+def training_plan(recipe: "Recipe", stage: "Stage", shards: str, out: str, tokenizers: Sequence[Path] = ()) -> Plan:
     """What a training stage would do: resolved recipe, parts, shapes, parameter counts, tokens per sample, expected memory."""
     from stages.plan_run import plan_run
 
-    plan = plan_run(recipe, stage, shards)
-    return plan | {"out": out, "folder": _folder(out)} if isinstance(plan, dict) else f"{plan}\nout: {out} ({_folder(out)})"
+    return plan_run(recipe, stage, shards, tokenizers) | {"out": out, "folder": _folder(out)}
 
 
 def tokenize_plan(shards: str, tokenizers: Sequence[Path], out: str) -> Plan:
@@ -61,12 +60,16 @@ def eval_plan(target: str, shards: str | None, reference: str | None, out: str, 
     return plan | {"map": dict(field_map), "out": out, "folder": _folder(out)}
 
 
-def print_plan(plan: Plan | str, *, as_json: bool) -> None:
-    """On stdout: one JSON object, or an indented list a person can read."""
+def print_plan(plan: Plan, *, as_json: bool) -> None:
+    """On stdout: one JSON object, or what a person can read: a table for a training stage, an indented list for the others."""
     if as_json:
         print_json(plan)
+    elif "resolved_recipe" in plan:
+        from stages.plan_run import plan_text
+
+        print(plan_text(plan))
     else:
-        print(plan if isinstance(plan, str) else "\n".join(_lines(plan)))
+        print("\n".join(_lines(plan)))
 
 
 def _lines(value: Mapping[str, Any], indent: str = "") -> list[str]:

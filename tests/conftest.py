@@ -1,6 +1,5 @@
 """One thread and deterministic kernels for every test: the same numbers on every run of one machine."""
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -10,7 +9,3 @@ torch.utils.deterministic.fill_uninitialized_memory = False
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("tests")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "rung(name, *recipes): the rung of the ladder this test proves, see stages/ladder.py")
