@@ -1,5 +1,6 @@
 """Every fast path of the transformer and of decoding against the plain way to compute the same."""
 
+import contextlib
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 from worlds import CAPTIONS, lively, mixed_recipe, planner_of, sample_of, segment_lists, text
 
-from stages.decoding import Prompt, Session, store_by_column
+from stages.decoding import FEW_ROWS, Prompt, Session, store_by_column, threads_for
 from stages.model import Model
 from stages.parts.backbones import KeyValueCache, Transformer
 from stages.parts.backbones.transformer import Routing, TransformerConfig, rotate, without_module
@@ -242,3 +243,17 @@ def test_a_text_longer_than_a_window_goes_on_where_the_window_ended() -> None:
         with torch.inference_mode():
             session = Session(model, planner, [Prompt("a", "b", [[*context, *given_text]])], guide, 1, seed=0)
             assert int(model.predict("text", session.last).argmax()) == ids[stop], (start, stop)
+
+
+def test_few_rows_are_decoded_by_one_thread_which_is_undone_also_after_an_error() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with contextlib.suppress(KeyError), threads_for(FEW_ROWS):
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+        with threads_for(FEW_ROWS + 1):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
