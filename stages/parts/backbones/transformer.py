@@ -303,7 +303,7 @@ class Transformer(nn.Module):
     # places
 
     def arrange(self, layout: Layout, cache: KeyValueCache | None, dtype: torch.dtype) -> Arrangement:
-        """What one pass over `layout`, behind the committed columns of `cache`, needs to know of places."""
+        """For passes over `layout` behind the committed columns of `cache`."""
         routing = Routing(layout.expert_id, len(self.config.experts))
         cos, sin = self._rotation(layout.positions, dtype)
         causal = (cache is None or not cache.length) and is_causal(layout)
@@ -317,8 +317,8 @@ class Transformer(nn.Module):
         keys = cache.table.columns(0, start + count)
         layout = keys.columns(start, start + count)
         visible = may_attend(layout, keys)
-        everything = bool(visible.tril(start).sum() == torch.ones_like(visible[:1]).tril(start).sum() * len(visible))
-        mask = None if everything else additive(visible, cache.keys[0].dtype)
+        hides = bool((~visible).tril(start).any())  # anything at or before a column that it may not see
+        mask = additive(visible, cache.keys[0].dtype) if hides else None
         cos, sin = (wave.split(1, dim=1) for wave in self._rotation(layout.positions, cache.keys[0].dtype))
         experts = len(self.config.experts)
         same = Routing(layout.expert_id, experts)
