@@ -6,7 +6,8 @@
 once from shards (planning and packing included, as in a run) and once over batches packed before. The plain side is written out below:
 a decoder with its own rotary embedding and `scaled_dot_product_attention`, logits for every row, a dense float mask where there are
 pictures, gradient clipping, fused AdamW. *Sampling* is greedy text over a key/value cache, for 1 and for 16 prompts; the plain side
-preallocates its cache and needs no mask, since all its rows are equally long. `--peer` adds `generate` of transformers' Llama.
+preallocates its cache and needs no mask, since all its rows are equally long; mmgen's weights are stored by column
+(`store_by_column`). `--peer` adds `generate` of transformers' Llama.
 
 Both sides hold the same weights and must find the same loss and the same tokens, or the run fails. Sides take turns; each ratio is
 the median over pairs of neighbours, of wall-clock and of processor time. The latter is the one to read on a busy machine.
