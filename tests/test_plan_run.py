@@ -180,8 +180,9 @@ def test_a_tokenizer_counts_pictures_and_their_grid(tmp_path: Path) -> None:
     recipe = load_recipe("vqgan", size="tiny")
     (phase,) = plan_run(recipe, "pretrain-tokenizer", str(tmp_path / "data"))["phases"]
     assert (phase["picture"], phase["grid"]) == ([16, 24], [2, 3])
-    assert phase["epochs"] == pytest.approx(200 * 32 / 5)
-    assert phase["memory"]["activations"] == 32 * autoencoder_bytes(recipe, "vq", 16, 24)
+    train = recipe.phases[0]
+    assert train.batch_size and phase["epochs"] == pytest.approx(train.steps * train.batch_size / 5)
+    assert phase["memory"]["activations"] == train.batch_size * autoencoder_bytes(recipe, "vq", 16, 24)
 
 
 def test_a_text_tokenizer_names_its_fields(tmp_path: Path) -> None:

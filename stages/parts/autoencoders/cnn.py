@@ -3,8 +3,9 @@
 VQGAN, "Taming Transformers for High-Resolution Image Synthesis", arXiv:2012.09841, table 7. Residual blocks (GroupNorm, SiLU,
 3 x 3 convolution, twice) in levels; between levels of the encoder a stride-2 convolution padded at the right and bottom only,
 between levels of the decoder nearest-neighbour doubling and a convolution; attention in the middle and, if asked for, at the lowest
-level; one block a level more in the decoder. `patch_size` > 1 is our addition for small machines: pictures enter and leave as
-patches, which moves the expensive first levels to a coarser grid.
+level; one block a level more in the decoder. Two additions of ours for small machines: with `patch_size` > 1 pictures enter and
+leave as patches, which moves the expensive first levels to a coarser grid; with `local` the encoder sees one cell of the grid at a
+time, so that a code says what is in its own cell and nothing about the neighbours, and fewer pictures teach a model to predict it.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ class ConvolutionalConfig(AutoencoderConfig):
     attention: bool  # at the lowest level; in the middle there is always one
     latent_channels: int = Field(ge=1)
     patch_size: int = Field(default=1, ge=1)
+    local: bool = False  # the encoder takes each cell of the grid for a picture of its own
 
     @model_validator(mode="after")
     def _levels_match_downsample(self) -> "ConvolutionalConfig":
@@ -178,6 +180,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         self.patch_size = config.patch_size
+        self.cell = config.downsample if config.local else None
         self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
         layers: list[nn.Module] = []
         for index, (before, width) in enumerate(zip([config.channels, *widths[:-1]], widths, strict=True)):
@@ -189,6 +192,13 @@ class Encoder(nn.Module):
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.cell is None:
+            return self.encode(images)
+        cells = F.pixel_unshuffle(images, self.cell).permute(0, 2, 3, 1)  # (b, h, w, 3 · cell²)
+        encoded = self.encode(cells.reshape(-1, 3, self.cell, self.cell))
+        return encoded.reshape(*cells.shape[:3], -1).permute(0, 3, 1, 2)
+
+    def encode(self, images: Tensor) -> Tensor:
         hidden = self.layers(self.conv_in(F.pixel_unshuffle(images, self.patch_size)))
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
