@@ -6,16 +6,14 @@
 #   make check      lint and types
 #   make smoke      the whole chain at tiny size in under a minute
 #   make ladder     run the tests that earn the rungs of `mmgen recipes`, and write them down
+#   make golden     write the losses of tests/golden anew, after a change that should move them
 #   make docs       the generated parts of README.md
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(abspath $(VENV))/bin
 
-# Spinning OpenMP threads turn a busy machine into a stalled one; waiting ones cost nothing measurable.
-export OMP_WAIT_POLICY ?= PASSIVE
-
-.PHONY: demo test test-slow check format smoke ladder docs setup setup-dev clean
+.PHONY: demo test test-slow check format smoke ladder golden docs setup setup-dev clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +56,9 @@ format: setup-dev
 
 ladder: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m stages.ladder
+
+golden: setup-dev
+	MMGEN_GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_golden.py
 
 docs: setup
 	$(BIN)/python -m stages.ladder --readme README.md

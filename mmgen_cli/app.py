@@ -195,17 +195,16 @@ def align(
     """Train what joins pretrained parts: contrastive towers, connectors, the phases of an understanding model."""
     check_stdin(shards)
     check_push(push)
+    from stages.hub import resolve
     from stages.recipe import load_recipe
 
     loaded = load_recipe(recipe, size=size, sets=set)
-    starts = o.pairs(init, "--init")
+    starts, tokenizers = o.pairs(init, "--init"), [resolve(spec) for spec in tokenizer or []]
     if dry_run:
-        print_plan(training_plan(loaded, "align", shards, out), as_json=json)
+        print_plan(training_plan(loaded, "align", shards, out, tokenizers), as_json=json)
         return
     from stages.align import align as stage
-    from stages.hub import resolve
 
-    tokenizers = [resolve(spec) for spec in tokenizer or []]
     give_checkpoint(
         stage(loaded, shards, Path(out), run_options(ctx), init=starts, tokenizers=tokenizers, val=val), push=push, as_json=json
     )
@@ -242,17 +241,16 @@ def train_unified(
     """Train one network on all tasks of a recipe; a recipe with one task gives a specialist."""
     check_stdin(shards)
     check_push(push)
+    from stages.hub import resolve
     from stages.recipe import load_recipe
 
     loaded = load_recipe(recipe, size=size, sets=set)
-    starts = o.pairs(init, "--init")
+    starts, tokenizers = o.pairs(init, "--init"), [resolve(spec) for spec in tokenizer or []]
     if dry_run:
-        print_plan(training_plan(loaded, "train-unified", shards, out), as_json=json)
+        print_plan(training_plan(loaded, "train-unified", shards, out, tokenizers), as_json=json)
         return
-    from stages.hub import resolve
     from stages.train_unified import train_unified as stage
 
-    tokenizers = [resolve(spec) for spec in tokenizer or []]
     give_checkpoint(
         stage(loaded, shards, Path(out), run_options(ctx), init=starts, tokenizers=tokenizers, val=val), push=push, as_json=json
     )

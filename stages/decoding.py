@@ -146,10 +146,11 @@ class Session:
         for start in range(0, count, WINDOW):
             yield from self.model.backbone.arrange_columns(self.cache, min(WINDOW, count - start))
 
-    def _step(self, name: str, ids: Tensor, column: Arrangement, on: Tensor) -> None:
-        """One more token of each sample joins every pass; rows that are not `on` keep their last hidden row."""
+    def _step(self, name: str, ids: Tensor, column: Arrangement, on: Tensor, place: Tensor | None = None) -> None:
+        """One more token of each sample joins every pass; rows that are not `on` keep their last hidden row. `place` (d,) is added."""
         ids = ids.repeat(self.passes) if self.passes > 1 else ids
         vectors = self.model.embed_ids(name, ids).unsqueeze(1)
+        vectors = vectors if place is None else vectors + place
         hidden = self.model.backbone(vectors, column, self.cache)
         self.cache.advance()
         self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
@@ -222,13 +223,15 @@ class Session:
         """One code after another, each drawn from the port's own ids only."""
         on = torch.tensor(list(active), device=self.device).repeat(self.passes)
         uniforms = sample_uniforms(self.generators(), (length,), device=self.device)
+        placed = self.model.recipe.ports[name].grid_embedding != "none"
+        places = self.model.embed_places(name, batch.ports[name].grids[:1]).to(self.last) if placed else None
         self.cache.reserve(batch.layout)
         codes: list[Tensor] = []
         with threads_for(self.b * self.passes):
             for place, column in enumerate(self._columns(length)):
                 logits = self.guided(self.model.predict(name, self.last))
                 codes.append(sampler.choose(logits, uniforms[:, place]))
-                self._step(name, codes[-1], column, on)
+                self._step(name, codes[-1], column, on, None if places is None else places[place])
         return torch.stack(codes, dim=1)
 
     def _codes_in_rounds(self, name: str, sampler: MaskedConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:

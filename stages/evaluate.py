@@ -35,8 +35,8 @@ from stages.parts.autoencoders import Autoencoder
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.recipe import Recipe
 from stages.run import Run
-from stages.sample import describe_checkpoint_input, sample
-from stages.training.checkpoint import load_autoencoder, open_checkpoint
+from stages.sample import sample
+from stages.training.checkpoint import checkpoint_input, load_autoencoder, open_checkpoint
 from stages.training.loop import resolve_device
 
 Control = Literal["untrained", "shuffled"]
@@ -72,7 +72,7 @@ def evaluate(
     if folder is not None and shards is None:
         raise UsageError(f"{target} is a checkpoint: evaluating it needs prompts", hint=f"mmgen eval {target} SHARDS --out {out}")
     data = [open_shards(spec) for spec in splits_of(target if folder is None else str(shards)).values()]
-    inputs = [describe_checkpoint_input(target, folder)] if folder is not None else []
+    inputs = [checkpoint_input(target, folder)] if folder is not None else []
     inputs += [describe_shards("samples" if folder is None else "prompts", part) for part in data]
     if folder is None and shards is not None:
         inputs += [describe_shards("truth", open_shards(spec)) for spec in splits_of(shards).values()]
@@ -108,7 +108,9 @@ def checkpoint_folder(target: str) -> Path | None:
         return None
     if target.startswith("hf://"):
         return resolve(target)
-    return Path(target) if (Path(target) / "config.json").is_file() else None
+    folder = Path(target)
+    unfinished = (folder / "status.json").is_file() and not split_folders(target)  # open_checkpoint says so
+    return folder if unfinished or (folder / "config.json").is_file() else None
 
 
 def splits_of(spec: str) -> dict[str, str]:
@@ -160,7 +162,7 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
     device = resolve_device(options.device)
     tokenizer = fresh_autoencoder(recipe, options.seed).to(device) if untrained else load_autoencoder(folder, str(device))
     source = open_shards(shards)
-    inputs = [describe_checkpoint_input(str(folder), folder), describe_shards("prompts", source)]
+    inputs = [checkpoint_input(str(folder), folder), describe_shards("prompts", source)]
     identity = {"untrained": untrained}
     with Run(out, stage="reconstruct", options=options, kind="shards", identity=identity, inputs=inputs) as run:
         if run.complete:

@@ -16,9 +16,11 @@ from torch import Generator, Tensor, nn
 
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Transformer
-from stages.parts.layers import TimestepEmbedding
+from stages.parts.layers import TimestepEmbedding, sincos_2d
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
+
+ID_PLACES = 0.1  # embeddings start at a standard deviation of 0.02: whole sines would drown them
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,15 @@ class Model(nn.Module):
         module: Any = self.ports[name]
         port = self.recipe.ports[name]
         if port.is_ids:
-            return self.embed_ids(name, rows.values)
+            vectors = self.embed_ids(name, rows.values)
+            return vectors if port.grid_embedding == "none" else vectors + self.embed_places(name, rows.grids).to(vectors)
         values = rows.values
         if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
             values = self.encoders[port.encoder](values).tokens
             values = values.reshape(-1, values.shape[-1])
         vectors = module.connector(values, rows.grids)
+        if port.grid_embedding != "none":
+            vectors = vectors + self.embed_places(name, rows.grids).to(vectors)
         if port.timestep == "add":
             t = rows.timestep if rows.timestep is not None else torch.zeros(vectors.shape[0], device=vectors.device)
             levels, place = torch.unique(t, return_inverse=True)  # one row a picture, not one a token
@@ -186,6 +191,11 @@ class Model(nn.Module):
         owner: Any = self.ports[piece.owner]
         shared = torch.where(ids == piece.size, piece.mask, ids + piece.start) if piece.mask >= 0 else ids + piece.start
         return owner.connector(shared)
+
+    def embed_places(self, name: str, grids: Iterable[tuple[int, ...]]) -> Tensor:
+        """What a port adds to its tokens for their places in pictures of these grids: a fixed table (n, d), scaled to its contents."""
+        scale = ID_PLACES if self.recipe.ports[name].is_ids else 1.0
+        return scale * torch.cat([sincos_2d((grid[-2], grid[-1]), self.backbone.config.width) for grid in grids])
 
     def predict(self, name: str, hidden: Tensor, *, whole: bool = False) -> Tensor:
         """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors."""

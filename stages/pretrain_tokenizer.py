@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
+from stages.data.stream import spool_folder
 from stages.errors import DataError, GuardError, RecipeError, nearest
 from stages.metrics.codebook import perplexity, usage
 from stages.metrics.psnr import psnr
@@ -52,7 +53,7 @@ def pretrain_tokenizer(recipe: Recipe, shards: str, out: Path, options: RunOptio
         split="train",
         on_bad_sample=options.on_bad_sample,
         max_bad_fraction=options.max_bad_fraction,
-        spool=out / ".mmgen" / "input",
+        spool=spool_folder(out),
     )
     validation = _open_validation(shards, val)
     inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]

@@ -102,6 +102,7 @@ class Port(Strict):
     vocabulary: str = ""
     mask: MaskKind = MaskKind.CAUSAL
     positions: PositionKind = PositionKind.SEQUENTIAL
+    grid_embedding: Literal["none", "sincos-2d"] = "none"  # added to every token: where it stands in its picture
     expert: str = ""
     timestep: Literal["none", "add"] = "none"
     markers: Markers = Markers()
@@ -127,6 +128,7 @@ class SegmentSpec(Strict):
     optional: bool = False
     cond_dropout_prob: float = Field(default=0.0, ge=0.0, le=1.0)
     drop_group: str = ""
+    max_tokens: int | None = Field(default=None, ge=1)  # of a text that is written: at most so many, where the sampler allows more
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -469,6 +471,9 @@ def _check(recipe: Recipe) -> None:
             _known(task_name, recipe.tasks, f"{here}.tasks")
         if phase.batch_size is not None and phase.batch_tokens is not None:
             raise RecipeError(f"{here}: batch_size and batch_tokens are both written; keep one")
+        for task_name in phase.tasks if phase.batch_size is None and phase.stage != "pretrain-tokenizer" else ():
+            if not any(recipe.ports[segment.port].enters == "sequence" for segment in recipe.tasks[task_name].flat()):
+                raise RecipeError(f"{here}.batch_size: the task '{task_name}' has no tokens to count", hint="write batch_size")
     for name in recipe.sample:
         _known(name, recipe.ports, f"sample.{name}")
         objective = recipe.ports[name].objective
@@ -505,7 +510,7 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
                     f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask"
                 )
             shifted = port.objective is not None and port.objective.kind == "next-token" and segment.role == Role.TARGET
-            if shifted and before == MaskKind.ISOLATED and not segment.merge and not port.markers.before:
+            if shifted and before.is_isolated and not segment.merge and not port.markers.before:
                 raise RecipeError(
                     f"{here}: a next-token target cannot follow an isolated block, whose rows it may not see", hint="give it a start marker"
                 )
@@ -519,11 +524,13 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
 def _check_guidance(recipe: Recipe) -> None:
     trained = {task for phase in recipe.phases for task in phase.tasks}
     for name, sampler in recipe.sample.items():
-        if sampler.guidance_scale == 1.0:
-            continue
         writes = [task for task, spec in recipe.tasks.items() if any(s.port == name and s.role == Role.TARGET for s in spec.flat())]
+        groups = {s.group for task in writes for s in recipe.tasks[task].flat() if s.cond_dropout_prob > 0}
+        for term in sampler.guidance.terms if sampler.guidance is not None else ():
+            for group in term.drop:
+                _known(group, tuple(sorted(groups)), f"sample.{name}.guidance.terms.drop")
         dropped = {s.group for task in writes if task in trained for s in recipe.tasks[task].flat() if s.cond_dropout_prob > 0}
-        if writes and not dropped:
+        if writes and not dropped and sampler.guidance_scale != 1.0:
             raise RecipeError(
                 f"sample.{name}.guidance_scale: no task that writes '{name}' ever drops its condition",
                 hint="give a context segment cond_dropout_prob = 0.1",

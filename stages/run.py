@@ -35,6 +35,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
+from stages.data.stream import SPOOL
 from stages.errors import MmgenError, Preempted, UsageError
 from stages.files import write_atomic
 from stages.options import RunOptions
@@ -47,7 +48,6 @@ CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer|toke
 RESULTS = {"eval": r"results\.json|samples|controls", "sample": "files"}  # stage → what else it writes in the open
 SHARD_FILES = r".+-\d{6,}\.tar"
 UNFINISHED_FILES = r"\..+\.\d+\.tmp"  # what a kill leaves of a file being written, see stages/files.py
-SPOOL = "input"  # .mmgen/input: what a stage read from stdin before its run began
 PACKAGES = ["mmgen-cli", "torch", "torchvision", "numpy", "pillow", "safetensors", "tokenizers", "huggingface_hub"]
 
 

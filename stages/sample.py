@@ -5,11 +5,7 @@ fields of its prompt, so `eval` needs nothing else. The random numbers of an ans
 prompts are taken in fixed groups of the index, so the same answers come out whatever else is asked.
 """
 
-import atexit
-import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +18,8 @@ from torch import Tensor
 
 from stages.data.sample import Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, write_stream
-from stages.decoding import Prompt, Session
+from stages.data.stream import spool_folder
+from stages.decoding import Prompt, Session, store_by_column
 from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.hub import resolve
 from stages.options import RunOptions
@@ -33,7 +30,7 @@ from stages.run import Run
 from stages.sequence.pack import pack
 from stages.sequence.plan import PLACEHOLDER, Planner
 from stages.sequence.segment import Content, MaskKind, Role
-from stages.training.checkpoint import fingerprint, load_model, open_checkpoint
+from stages.training.checkpoint import checkpoint_input, fingerprint, load_model
 from stages.training.loop import deterministic, resolve_device
 from stages.travelling import encode_picture, load_travelling
 
@@ -92,7 +89,7 @@ def sample(
         "num_samples": num_samples,
         "prompt": prompt or "",
     }
-    inputs = [describe_checkpoint_input(str(model), folder)]
+    inputs = [checkpoint_input(str(model), folder)]
     inputs += [{"path": prompts, "fingerprint": source.fingerprint, "provenance": source.provenance}] if isinstance(source, Shards) else []
     with Run(
         out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs
@@ -141,6 +138,8 @@ class Writer:
             if not assignment.startswith("sample."):
                 raise UsageError(f"--set {assignment}: only sample.* can change after training", hint="train again to change anything else")
         checkpoint, self.model = load_model(folder, device, untrained=untrained, seed=options.seed)
+        if device == "cpu":
+            store_by_column(self.model)
         self.config = checkpoint.config
         recipe, self.travelling = load_travelling(load_recipe(folder, sets=list(sets)), checkpoint.tokenizers, device)
         self.recipe: Recipe = recipe
@@ -160,6 +159,8 @@ class Writer:
         for task in self.asked:
             if task not in self.recipe.tasks:
                 raise UsageError(f"--task {task}: recipe '{self.recipe.name}' has no such task", hint=nearest(task, self.recipe.tasks))
+        stores = [f".{autoencoder.store}" for autoencoder in self.recipe.autoencoders.values()]
+        fields = fields | {name.removesuffix(store) for name in fields for store in stores if name.endswith(store)}  # codes will do
         learned = {task for phase in self.recipe.phases for task in phase.tasks}
         candidates = self.asked or [name for name in self.recipe.tasks if name in learned and self.writes(name)]
         self.tasks = []
@@ -218,7 +219,7 @@ class Writer:
                     fields[name] = encode_picture(self.recipe, self.travelling, port.autoencoder, fields[segment.field])
         return replace(entry, fields=fields)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _ask(self, group: Sequence[Sample], task: str, num_samples: int) -> dict[tuple[int, int], dict[str, Any]]:
         """(place in the group, number) → fields, for one task."""
         spec = self.recipe.tasks[task]
@@ -266,6 +267,7 @@ class Writer:
             port = self.recipe.ports[segment.port]
             sampler = self.sampler(segment.port)
             if port.content == Content.TOKEN_IDS:
+                sampler = sampler.model_copy(update={"max_tokens": self.most_tokens(segment)})
                 assert isinstance(sampler, AutoregressiveConfig)
                 stop = session.stop_token(segment)
                 switch = [] if stop is not None else self._marker_ids(rest[place + 1 : place + 2])
@@ -284,7 +286,7 @@ class Writer:
             raise RecipeError(f"the task '{jobs[0].task}' gives '{segment.field or segment.text}' after something the model writes")
         session.write(session.repeat([self.planner.literal(segment)] * len(jobs)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def likelihood_of(self, entry: Sample) -> list[dict[str, Any]]:
         """The cross-entropy of the prompt's true texts, for each task the model learned that predicts text and that the prompt fits.
 
@@ -308,7 +310,7 @@ class Writer:
             found.append({"task": name, "nats": round(nats, 4), "bytes": size})
         return found
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def write_freely(self, prompt: Sample) -> dict[str, Any]:
         """One answer in which the model itself decides what comes: words, and a picture wherever it predicts that one begins.
 
@@ -364,13 +366,18 @@ class Writer:
             return AutoregressiveConfig(temperature=0.0)
         raise RecipeError(f"recipe '{self.recipe.name}' does not say how to sample '{port}'", hint=f"add a [sample.{port}] table")
 
+    def most_tokens(self, segment: SegmentSpec) -> int:
+        """How many tokens a text may have: what its sampler allows, or less where its segment says so."""
+        allowed: int = self.sampler(segment.port).max_tokens
+        return min(allowed, segment.max_tokens or allowed)
+
     def capacity(self, task: Task, rest: Sequence[SegmentSpec]) -> int:
         """Columns of the cache that writing `rest` may take."""
         columns = 0
         for segment in rest:
             port = self.recipe.ports[segment.port]
             if port.content == Content.TOKEN_IDS:
-                columns += self.sampler(segment.port).max_tokens if segment.role == Role.TARGET else 64
+                columns += self.most_tokens(segment) if segment.role == Role.TARGET else 64
             else:
                 height, width = self.grid(segment)
                 columns += height * width + 2
@@ -394,10 +401,8 @@ class Writer:
 
 
 def open_prompts(spec: str, options: RunOptions, out: Path | str) -> Shards:
-    """Prompt shards; of a parent of splits, `val`. What comes through a pipe is spooled beside the result."""
-    spool = Path(tempfile.mkdtemp(prefix="mmgen-")) if str(out) == "-" else Path(out) / ".mmgen" / "input"
-    if str(out) == "-":
-        atexit.register(shutil.rmtree, spool, ignore_errors=True)
+    """Prompt shards; of a parent of splits, `val`."""
+    spool = spool_folder(out)
     return open_shards(spec, split="val", on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction, spool=spool)
 
 
@@ -428,17 +433,6 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
                 else:
                     fields |= texts
     return [Sample(PROMPT_KEY, fields, "--prompt")]
-
-
-def describe_checkpoint_input(path: str, folder: Path) -> dict[str, Any]:
-    """A checkpoint as an input of a run: what it computes, and the run that made it."""
-    run = folder / "run.json"
-    provenance = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
-    kept = {
-        key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance
-    }
-    name = open_checkpoint(folder).recipe.name
-    return {"role": "model", "path": path, "recipe": name, "fingerprint": fingerprint(folder), "provenance": kept}
 
 
 def save_pictures(entry: Sample, folder: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from stages.data.index import META, read_index
 from stages.data.sample import IMAGE_FORMATS, Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, split_folders, stream_shards
+from stages.data.stream import spool_folder
 from stages.errors import DataError, UsageError
 from stages.files import write_atomic
 from stages.metrics.psnr import psnr
@@ -27,7 +28,7 @@ from stages.parts.autoencoders import Autoencoder
 from stages.parts.tokenizers import TextTokenizer
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.run import Run
-from stages.training.checkpoint import copy_tokenizer, fingerprint, load_any_tokenizer, open_checkpoint
+from stages.training.checkpoint import checkpoint_input, copy_tokenizer, fingerprint, load_any_tokenizer, open_checkpoint
 from stages.training.loop import resolve_device
 
 GROUP = 64  # samples encoded at once
@@ -80,7 +81,7 @@ def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options:
             f"--out -: {shards} holds several splits ({', '.join(splits)}), a stream holds one",
             hint=f"for example {next(iter(splits.values()))}",
         )
-    spool = Path(tempfile.mkdtemp(prefix="mmgen-")) if str(out) == "-" else out / ".mmgen" / "input"
+    spool = spool_folder(out)
     opened = {
         split: open_shards(spec, on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction, spool=spool)
         for split, spec in splits.items()
@@ -91,8 +92,8 @@ def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options:
         {"path": splits[split], "role": split or "data", "fingerprint": data.fingerprint, "provenance": data.provenance}
         for split, data in opened.items()
     ]
-    identity = {f"tokenizer {number + 1} ({tokenizer.name})": tokenizer.fingerprint for number, tokenizer in enumerate(loaded)}
-    with Run(out, stage="tokenize", options=options, kind="shards", identity=identity, inputs=inputs) as run:
+    inputs += [checkpoint_input(str(tokenizer.folder), tokenizer.folder, role=f"tokenizer {tokenizer.name}") for tokenizer in loaded]
+    with Run(out, stage="tokenize", options=options, kind="shards", inputs=inputs) as run:
         if run.complete:
             return out
         counts = {split: _tokenize_split(data, loaded, run.out / split, split, run, options) for split, data in opened.items()}

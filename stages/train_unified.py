@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from stages.data.shards import Shards, open_shards
+from stages.data.stream import spool_folder
 from stages.errors import UsageError
 from stages.hub import resolve
 from stages.model import Model, PortLoss, build_model, count_parameters, covers, set_trainable
@@ -23,7 +24,7 @@ from stages.recipe import Phase, Recipe, Stage
 from stages.run import Run
 from stages.sequence.plan import Planner
 from stages.sequence.segment import Batch
-from stages.training.checkpoint import fingerprint, init_part, open_checkpoint, save_checkpoint
+from stages.training.checkpoint import checkpoint_input, fingerprint, init_part, open_checkpoint, save_checkpoint
 from stages.training.ema import EMA
 from stages.training.features import precompute_features
 from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
@@ -66,7 +67,7 @@ def train_phases(
         split="train",
         on_bad_sample=options.on_bad_sample,
         max_bad_fraction=options.max_bad_fraction,
-        spool=out / ".mmgen" / "input",
+        spool=spool_folder(out),
     )
     starts = {address: str(resolve(folder)) for address, folder in {**recipe.init_from, **init}.items()}
     came_along = [path for folder in starts.values() for path in open_checkpoint(Path(folder.split("#")[0])).tokenizers.values()]
@@ -74,10 +75,9 @@ def train_phases(
     check_fingerprints(recipe, travelling, data)
 
     inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
-    identity = {f"init {address}": fingerprint(Path(folder.split("#")[0])) for address, folder in starts.items()}
-    with Run(
-        out, stage=stage, options=options, kind="checkpoint", identity=identity, resolved_recipe=recipe.to_toml(), inputs=inputs
-    ) as run:
+    folders = {address: Path(folder.split("#")[0]) for address, folder in starts.items()}
+    inputs += [checkpoint_input(str(folder), folder, role=f"init {address}") for address, folder in folders.items()]
+    with Run(out, stage=stage, options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
         if run.complete:
             return out
         model = build_model(recipe, options.seed)

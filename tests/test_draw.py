@@ -134,9 +134,9 @@ def expected_mask(kinds: list[tuple[str, int, int]]) -> np.ndarray:
     for q, (own_kind, own_block) in enumerate(tokens):
         for k, (kind, block) in enumerate(tokens):
             if block == own_block:
-                mask[q, k] = k <= q or own_kind != "causal"
+                mask[q, k] = k <= q or not own_kind.endswith("causal")
             else:
-                mask[q, k] = block < own_block and kind != "isolated"
+                mask[q, k] = block < own_block and not kind.startswith("isolated")
     return mask
 
 

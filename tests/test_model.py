@@ -9,6 +9,7 @@ from worlds import MIXED, lively, mixed_recipe, planner_of, recipe_from, sample_
 
 from stages.errors import GuardError, RecipeError
 from stages.model import Model, PortLoss, build_model, count_parameters, covers, meta_model, set_trainable
+from stages.parts.layers import sincos_2d
 from stages.sequence.pack import pack
 from stages.sequence.segment import Batch, Segment, Sequence
 from stages.train_unified import combine
@@ -88,7 +89,9 @@ def test_every_token_is_embedded_at_its_place_and_padding_is_zero() -> None:
     with torch.no_grad():
         x = model.embed(batch)
         codes = batch.ports["codes"]
-        torch.testing.assert_close(x.reshape(40, -1)[codes.rows], model.embed_ids("codes", codes.values))
+        torch.testing.assert_close(x.reshape(40, -1)[codes.rows], model.embed_rows("codes", codes))
+        added = model.embed_rows("codes", codes) - model.embed_ids("codes", codes.values)
+        torch.testing.assert_close(added, 0.1 * sincos_2d(codes.grids[0], x.shape[2]), atol=1e-6, rtol=1e-4)
     assert not x[batch.layout.sample_id < 0].any()
     assert x[batch.layout.sample_id >= 0].any(dim=1).all()
 
@@ -101,7 +104,7 @@ def test_the_noise_level_enters_the_tokens_it_belongs_to() -> None:
         rows = noisy.ports["latents"]
         assert rows.timestep is not None
         plain = model.ports["latents"].connector(rows.values, rows.grids)  # type: ignore[operator,union-attr]
-        expected = plain + model.ports["latents"].timestep(rows.timestep)  # type: ignore[operator,union-attr]
+        expected = plain + model.embed_places("latents", rows.grids) + model.ports["latents"].timestep(rows.timestep)  # type: ignore[operator,union-attr]
         torch.testing.assert_close(model.embed_rows("latents", rows), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -245,3 +248,45 @@ def test_an_address_without_weights_is_an_error_that_lists_the_parts() -> None:
         set_trainable(build_model(RECIPE, 0), ["ports.texts"], [])
     with pytest.raises(GuardError, match="nothing to train"):
         set_trainable(build_model(RECIPE, 0), ["*"], ["*"])
+
+
+# questions that share a picture
+
+APART = """tasks.answer.segments=[
+  { port = "text", text = "<mmu>", mask = "full" }, { port = "codes", field = "image", merge = true },
+  { each = "qa", segments = [
+    { port = "text", text = "<sot>{question}", mask = "isolated-causal" },
+    { port = "text", text = "{answer}<eot>", role = "target", mask = "isolated-causal", merge = true },
+  ] },
+]""".replace("\n", "")
+
+
+def test_isolated_questions_cost_together_what_each_costs_alone() -> None:
+    recipe = mixed_recipe(APART)
+    model, planner = lively(recipe), planner_of(recipe)
+    sample = sample_of(1)
+
+    def loss(questions: list[dict[str, str]]) -> float:
+        sequence = planner.plan(sample_of(1, qa=questions), "answer", None)
+        return float(model.losses(pack([sequence]), Generator())["text"].total)
+
+    questions = sample.fields["qa"]
+    with torch.no_grad():
+        assert loss(questions) == pytest.approx(sum(loss([question]) for question in questions), rel=1e-5)
+        assert loss(questions) == pytest.approx(loss(questions[::-1]), rel=1e-5)
+
+
+def test_a_prompt_with_an_isolated_question_ends_where_training_began_the_answer() -> None:
+    recipe = mixed_recipe(APART)
+    model, planner = lively(recipe), planner_of(recipe)
+    sample = sample_of(1)
+    with torch.no_grad():
+        trained = pack([planner.plan(sample, "answer", None)])
+        rows = trained.ports["text"]
+        hidden = model.hidden(trained).reshape(-1, recipe.backbones["lm"].width)
+        for record in (0, 1):
+            segments, rest = planner.prompt(sample, "answer", record=record)
+            asked = pack([Sequence(key="", task="", segments=tuple(segments))])
+            first = [i for i in range(len(rows.rows)) if rows.target[i] and not rows.target[i - 1]][record]  # of the answer's tokens
+            torch.testing.assert_close(model.hidden(asked)[0, -1], hidden[rows.previous[first]], atol=1e-4, rtol=1e-4)
+            assert [spec.field or spec.text for spec in rest] == ["{answer}<eot>"]

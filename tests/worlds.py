@@ -96,6 +96,7 @@ autoencoder = "vq"
 vocabulary = "all"
 mask = "full"
 positions = "grid"
+grid_embedding = "sincos-2d"
 expert = "pictures"
 objective = { kind = "masked-token" }
 markers = { before = "<soi>", after = "<eoi>" }
@@ -106,7 +107,8 @@ mask = "full"
 positions = "shared"
 expert = "pictures"
 timestep = "add"
-connector = { kind = "linear", positions = "sincos-2d" }
+grid_embedding = "sincos-2d"
+connector = { kind = "linear" }
 head = { kind = "linear" }
 objective = { kind = "denoise" }
 markers = { before = "<soi>", after = "<eoi>", inside = false, supervised = true }

@@ -5,12 +5,14 @@ folder's index; a second one, `__mmgen_files__`, the tokenizers that travel with
 the tars the index names and compares their sha256, so what arrives is byte for byte the folder that was sent.
 """
 
+import atexit
 import hashlib
 import json
 import mmap
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,7 @@ from stages.files import open_atomic, replace_folder
 
 INDEX_MEMBER = "__mmgen__"
 FILES_MEMBER = "__mmgen_files__"
+SPOOL = "input"  # .mmgen/input: what a stage read from stdin before its run began
 _CHUNK = 1024 * 1024
 _MAX_INDEX_BYTES = 1024 * 1024 * 1024
 _TRAVELLER = re.compile(r"tokenizers(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
@@ -59,6 +62,15 @@ def _body_bytes(path: Path) -> int:
         if walked.damage:
             raise DataError(f"{path}: byte {walked.damage[0]:,}: {walked.damage[1]}")
         return walked.end
+
+
+def spool_folder(out: Path | str) -> Path:
+    """Where a stage keeps what it reads from a pipe: with its result, or in a folder that ends with the process if that is a pipe too."""
+    if str(out) != "-":
+        return Path(out) / META / SPOOL
+    spool = Path(tempfile.mkdtemp(prefix="mmgen-"))
+    atexit.register(shutil.rmtree, spool, ignore_errors=True)
+    return spool
 
 
 def receive_stream(file: BinaryIO, spool: Path) -> Path:

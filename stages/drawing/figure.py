@@ -34,7 +34,6 @@ from stages.drawing.svg import (
 from stages.model import covers
 from stages.parts.objectives import ContrastiveConfig
 from stages.recipe import Phase, Recipe
-from stages.sequence.segment import MaskKind
 
 WIDTH, MARGIN, INSET = 1200, 28, 26
 INNER = WIDTH - 2 * MARGIN - 2 * INSET  # what a panel has for its content
@@ -688,7 +687,7 @@ def notes_of(drawn: DrawnSegment) -> list[str]:
     if drawn.segment.timestep_range != (0.0, 1.0):
         low, high = drawn.segment.timestep_range
         notes.append(f"noise levels {low:g} to {high:g}")
-    if drawn.segment.mask == MaskKind.ISOLATED:
+    if drawn.segment.mask.is_isolated:
         notes.append("no later block sees it")
     return notes
 

@@ -1,6 +1,7 @@
 """The few layers that several parts share: norms, MLPs, timestep embedding, patchify, initialisation."""
 
 import math
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -100,6 +101,18 @@ class TimestepEmbedding(nn.Module):
         angle = 1000.0 * t.float()[:, None] * rate
         waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.inner.weight.dtype)
         return self.outer(F.silu(self.inner(waves)))
+
+
+@cache
+def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D table (h·w, width): half the width for rows, half for columns, each sin beside cos (DiT, arXiv:2212.09748)."""
+    quarter = width // 4
+    frequency = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    h, w = grid
+    row, column = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (row, column)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return F.pad(table, (0, width - 4 * quarter)).float()
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.sequence.positions import clocks_of, offsets_of
-from stages.sequence.segment import Batch, Layout, MaskKind, PortRows, Role, Segment, Sequence
+from stages.sequence.segment import Batch, Layout, PortRows, Role, Segment, Sequence
 
 SHARED_ROW = 128  # short samples share rows of this length: attention still costs little beside the matrix products
 
@@ -144,8 +144,8 @@ def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
             p.number,
             p.block,
             p.index,
-            p.segment.mask != MaskKind.CAUSAL,
-            p.segment.mask == MaskKind.ISOLATED,
+            p.segment.mask.sees_whole,
+            p.segment.mask.is_isolated,
             p.clock,
             p.segment.expert,
         )

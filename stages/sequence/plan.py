@@ -92,7 +92,7 @@ class Planner:
         held = 0
         for segment_spec, values in self._filled(spec.segments, sample, rng):
             made = self._segments(segment_spec, values, dropped, sample)
-            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made else []
+            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made and held else made
             held = 0 if made else held + self._ticks(segment_spec, values, dropped, sample)
         return Sequence(key=sample.key, task=task, segments=tuple(segments))
 
@@ -118,9 +118,9 @@ class Planner:
                 rest.append(spec)
                 continue
             made = self._segments(spec, values, set(drop), sample)
-            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made else []
+            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made and held else made
             held = 0 if made else held + self._ticks(spec, values, set(drop), sample)
-        return segments, rest
+        return opened(segments, rest), rest
 
     def prompt_of(self, specs: list[SegmentSpec], sample: Sample) -> list[Segment]:
         """The segments of a prompt that no task describes."""
@@ -336,3 +336,15 @@ class Planner:
     def at_epoch(self, epoch: int) -> None:
         """List fields give one entry an epoch, each in its turn, beginning where the sample's key says."""
         self._turn = epoch
+
+
+def opened(segments: list[Segment], rest: list[SegmentSpec]) -> list[Segment]:
+    """The segments of a prompt, with its last block plain causal where what is to be written belongs to it: nothing comes after, so
+    there is nobody to be isolated from, and what is written may be laid out as a block of its own."""
+    place = len(segments)
+    if rest and rest[0].merge:
+        while place and segments[place - 1].mask == MaskKind.ISOLATED_CAUSAL:
+            place -= 1
+            if not segments[place].merge:
+                break
+    return segments[:place] + [replace(segment, mask=MaskKind.CAUSAL) for segment in segments[place:]]

@@ -2,7 +2,7 @@
 
 A clock runs through each sample. `sequential`: one tick a token. `shared`: a whole attention block stands at the current
 tick, then the clock moves on by one (Transfusion's and BAGEL's images). `grid`: (t, h, w) offsets from the current tick,
-then as many ticks as the longest side. Isolated segments take no time: what later tokens cannot see does not move the clock.
+then as many ticks as the longest side. After an isolated block the clock goes back: what later tokens cannot see takes no time.
 """
 
 from collections.abc import Sequence as Segments
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from stages.sequence.segment import MaskKind, PositionKind, Segment
+from stages.sequence.segment import PositionKind, Segment
 
 
 @cache
@@ -42,11 +42,14 @@ def offsets_of(segment: Segment) -> Tensor:
 def clocks_of(segments: Segments[Segment], start: int = 0) -> tuple[list[int], int]:
     """The clock at the start of each segment, and after the last one."""
     clock, clocks = start, []
+    after: int | None = None  # where the clock goes back to after an isolated block
     for place, segment in enumerate(segments):
+        if after is not None and not segment.merge:
+            clock, after = after, None
         clock += segment.advance
         clocks.append(clock)
-        if segment.mask == MaskKind.ISOLATED:
-            continue
+        if segment.mask.is_isolated and after is None:
+            after = clock
         if segment.positions == PositionKind.SEQUENTIAL:
             clock += len(segment)
         elif segment.positions == PositionKind.GRID:
@@ -55,7 +58,7 @@ def clocks_of(segments: Segments[Segment], start: int = 0) -> tuple[list[int], i
             following = segments[place + 1] if place + 1 < len(segments) else None
             together = following is not None and following.merge and following.positions == PositionKind.SHARED
             clock += 0 if together else 1  # a merged block shares one tick
-    return clocks, clock
+    return clocks, clock if after is None else after
 
 
 def positions_of(segments: Segments[Segment], start: int = 0) -> tuple[list[Tensor], int]:

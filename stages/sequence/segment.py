@@ -34,11 +34,24 @@ class Role(StrEnum):
 
 
 class MaskKind(StrEnum):
-    """How a segment sees itself (its past, or all of itself), and whether later blocks may see it (isolated: no)."""
+    """How a segment sees itself (its past, or all of itself), and whether later blocks may see it.
+
+    isolated: all of itself, and later blocks do not (noised copies of a picture). isolated-causal: its past, and later blocks do not
+    (several questions about one picture, each as if it were the only one).
+    """
 
     CAUSAL = "causal"
     FULL = "full"
     ISOLATED = "isolated"
+    ISOLATED_CAUSAL = "isolated-causal"
+
+    @property
+    def sees_whole(self) -> bool:
+        return self in (MaskKind.FULL, MaskKind.ISOLATED)
+
+    @property
+    def is_isolated(self) -> bool:
+        return self in (MaskKind.ISOLATED, MaskKind.ISOLATED_CAUSAL)
 
 
 class PositionKind(StrEnum):

@@ -104,6 +104,17 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
     )
 
 
+def checkpoint_input(path: str, folder: Path, role: str = "model") -> dict[str, Any]:
+    """A checkpoint as an input of a run: what it computes, and the run that made it."""
+    run = folder / "run.json"
+    provenance = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    kept = {
+        key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance
+    }
+    name = open_checkpoint(folder).recipe.name
+    return {"role": role, "path": path, "recipe": name, "fingerprint": fingerprint(folder), "provenance": kept}
+
+
 def fingerprint(folder: Path) -> str:
     """sha256 of what a checkpoint computes: its sorted tensors and the recipe's sections, never of its files."""
     if (folder / "tokenizer.json").is_file():
@@ -165,6 +176,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's recipe and config, without weights. UsageError if it is not one."""
     for name in ("config.json", "recipe.toml"):
         if not (folder / name).is_file():
+            if (folder / "status.json").is_file():
+                raise UsageError(
+                    f"{folder}: a training run that has not finished", hint="give the command that began it again: it goes on from there"
+                )
             what = "no such folder" if not folder.is_dir() else f"not a checkpoint, there is no {name}"
             raise UsageError(f"{folder}: {what}", hint="a checkpoint is what pretrain-tokenizer, align and train-unified write to --out")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

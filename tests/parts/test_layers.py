@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 from stages.parts.connectors import CONNECTORS
-from stages.parts.connectors.linear import Projection, sincos_2d
+from stages.parts.connectors.linear import Projection
 from stages.parts.heads import HEADS, LinearHeadConfig
-from stages.parts.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLU, TimestepEmbedding, init_linear, patchify, unpatchify
+from stages.parts.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLU, TimestepEmbedding, init_linear, patchify, sincos_2d, unpatchify
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -121,16 +121,6 @@ def test_every_connector_of_vectors_keeps_the_tokens_and_lets_gradients_through(
     out.square().sum().backward()
     assert values.grad is not None
     assert (values.grad.abs().sum(dim=1) > 0).all()
-
-
-@pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "embedding"])
-def test_positions_of_a_connector_follow_each_segments_own_grid(kind: str) -> None:
-    plain, placed = CONNECTORS[kind]().build(5, 16), CONNECTORS[kind](positions="sincos-2d").build(5, 16)  # type: ignore[call-arg]
-    plain.init_weights(Generator().manual_seed(0))
-    placed.load_state_dict(plain.state_dict())
-    values, grids = noise(10, 5), [(2, 3), (4, 1)]
-    added = placed(values, grids) - plain(values, grids)
-    torch.testing.assert_close(added, torch.cat([sincos_2d((2, 3), 16), sincos_2d((4, 1), 16)]), atol=1e-5, rtol=1e-4)
 
 
 def test_the_sincos_table_gives_every_place_its_own_row_and_reads_rows_from_its_first_half() -> None:

@@ -35,9 +35,9 @@ def in_words(segments: list[Segment]) -> Tensor:
     for q, (q_block, q_kind) in enumerate(tokens):
         for k, (k_block, k_kind) in enumerate(tokens):
             if q_block == k_block:
-                mask[q, k] = q_kind != MaskKind.CAUSAL or k <= q
+                mask[q, k] = q_kind in (MaskKind.FULL, MaskKind.ISOLATED) or k <= q
             else:
-                mask[q, k] = k_block < q_block and k_kind != MaskKind.ISOLATED
+                mask[q, k] = k_block < q_block and k_kind not in (MaskKind.ISOLATED, MaskKind.ISOLATED_CAUSAL)
     return mask
 
 

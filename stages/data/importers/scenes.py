@@ -9,13 +9,14 @@ from stages.data.scenes.world import LEVELS, SPLITS
 from stages.errors import UsageError
 
 
-def samples(*, level: int = 1, count: int = 1000, seed: int = 0) -> RawData:
+def samples(*, level: int = 1, count: int = 1000, seed: int = 0, edits: bool = True) -> RawData:
     """The built-in world: pictures of coloured shapes with captions, questions, scene graphs and edits, all exactly true.
 
     `val` holds unseen scenes, `heldout` unseen combinations of shape and colour; each has max(64, count / 10) samples.
 
     level: 0 (25 states a cell, 32 px) to 4 (9 textured objects that overlap, 96 px)
     count: number of training samples
+    edits: also an instruction and the pictures before and after it, in each sample
 
     Example:
       mmgen import scenes --level 0 --count 5000 --out data
@@ -27,7 +28,7 @@ def samples(*, level: int = 1, count: int = 1000, seed: int = 0) -> RawData:
     sizes = {split: count if split == "train" else max(64, count // 10) for split in SPLITS}
 
     def generate(split: str) -> Iterator[Sample]:
-        return (scene_sample(level, seed, split, index) for index in range(sizes[split]))
+        return (scene_sample(level, seed, split, index, edits=edits) for index in range(sizes[split]))
 
     pairs = " and ".join(f"{colour} {shape}s" for shape, colour in LEVELS[level].held_out)
     return RawData(

@@ -131,8 +131,8 @@ QUESTION_TYPES: dict[str, Ask] = {
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """At most one question of each type: {"question", "answer", "type"}. Types a scene gives no fair question for are left out."""
-    asked = ((kind, ask(scene, rng)) for kind, ask in QUESTION_TYPES.items())
+    """At most one question of each type the level asks: {"question", "answer", "type"}. Types a scene gives no fair question for are left out."""
+    asked = ((kind, QUESTION_TYPES[kind](scene, rng)) for kind in scene.row.asks)
     return [{"question": pair[0], "answer": pair[1], "type": kind} for kind, pair in asked if pair]
 
 
@@ -143,7 +143,8 @@ def answer_vocabulary(level: int) -> dict[str, tuple[str, ...]]:
         name: row.values[name] for name in ("colour", "shape", "size", "texture") if name in row.named
     }
     yes_no = dict.fromkeys(("existence", "relation", "comparison"), ("yes", "no"))
-    return {**yes_no, **attributes, "count": NUMBERS[: row.max_objects + 1], "position": row.places}
+    answers = {**yes_no, **attributes, "count": NUMBERS[: row.max_objects + 1], "position": row.places}
+    return {kind: known for kind, known in answers.items() if kind in row.asks}
 
 
 # --- answering --------------------------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from stages.data.scenes.render import draw_nuisance, render
 from stages.data.scenes.world import LEVELS, draw_scene, generator_for
 
 
-def scene_sample(level: int, seed: int, split: str, index: int) -> Sample:
+def scene_sample(level: int, seed: int, split: str, index: int, *, edits: bool = True) -> Sample:
     """The sample with these coordinates.
 
     image.png           the picture: uint8 (pixels, pixels, 3)
     caption.txt         the full description; captions.json: it again, in other words, and partial descriptions, all true
     qa.json             [{"question", "answer", "type"}], at most one of a type
     scene.json          the scene graph; result.scene.json the one after the edit
-    source.png, instruction.txt, result.png    an edit: the same background, noise and placement on both sides
+    source.png, instruction.txt, result.png    an edit, unless not wanted: the same background, noise and placement on both sides
     meta.json           where the sample comes from
     """
     rng = generator_for("scenes", level, seed, split, index)
@@ -33,10 +33,9 @@ def scene_sample(level: int, seed: int, split: str, index: int) -> Sample:
         "captions": list(dict.fromkeys([caption(scene), *paraphrases(scene, rng), *partial_captions(scene, rng)])),
         "qa": questions(scene, rng),
         "scene": scene.to_json(nuisance.offsets),
-        "source": picture,
-        "instruction": instruction,
-        "result": render(result, nuisance),
-        "result.scene": result.to_json(nuisance.offsets),
         "meta": {"source": "scenes", "level": level, "seed": seed, "split": split, "index": index},
     }
+    if edits:
+        after = {"result": render(result, nuisance), "result.scene": result.to_json(nuisance.offsets)}
+        fields |= {"source": picture, "instruction": instruction, **after}
     return Sample(key=f"scenes{level}-{seed}-{split}-{index:06d}", fields=fields, source="scenes")

@@ -4,9 +4,9 @@ A scene is a set of objects on a small grid, at most one object a cell; an objec
 row of `LEVELS`: how many cells, which values each attribute takes, how large the picture is, how freely objects are placed. Nothing in this
 package asks for the number of a level, everything reads its row, so a new level is a new row.
 
-Level 0 has 25 states a cell (empty, or 4 shapes x 6 colours) and 25**4 scenes, level 1 has 61 states a cell (5 shapes x 2 sizes x 6 colours)
-and 61**4 = 13,845,841 scenes, of which a model sees a small part. Higher levels have a 3x3 grid, larger pictures, textures, free placement
-inside a cell, and objects that partly hide each other.
+Level 0 has 25 states a cell (empty, or 4 shapes x 6 colours) and 25**4 scenes, and asks no question that relates two things; level 1 has
+61 states a cell (5 shapes x 2 sizes x 6 colours) and 61**4 = 13,845,841 scenes, of which a model sees a small part. Higher levels have a
+3x3 grid, larger pictures, textures, free placement inside a cell, and objects that partly hide each other.
 
 Which split a scene belongs to is a function of the scene alone: `heldout` scenes show a combination of shape and colour that `train` and `val`
 never show; of the others a tenth, chosen by hash, is `val`. So no seed and no count can make two splits share a scene.
@@ -23,6 +23,8 @@ import numpy as np
 
 ATTRIBUTES = ("size", "texture", "colour", "shape", "place")  # the order in which a sentence names them
 SPLITS = ("train", "val", "heldout")
+ONE_LOOK = ("existence", "count", "colour", "shape", "size", "texture", "position")  # questions that one pass over the objects answers
+TWO_LOOKS = ("relation", "comparison")  # questions that compare the outcomes of two
 
 # Far apart from each other and from every background, in squared distance over RGB: the reader and a small autoencoder need that more than beauty.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -61,6 +63,7 @@ class Level:
     shades: tuple[float, float]  # range of the background
     noise: float  # standard deviation of the intensity noise
     min_visible: float = 1.0  # the least part of an object that nearer objects leave visible
+    asks: tuple[str, ...] = ONE_LOOK + TWO_LOOKS  # the types of questions
     held_out: tuple[tuple[str, str], ...]  # (shape, colour) pairs that only the split `heldout` shows
 
     @property
@@ -111,6 +114,7 @@ LEVELS: tuple[Level, ...] = (
         jitter=0,
         shades=(0.95, 0.95),
         noise=0.004,
+        asks=ONE_LOOK,
         held_out=(("triangle", "red"), ("square", "cyan")),
     ),
     Level(
