@@ -20,7 +20,7 @@ from stages.parts.layers import TimestepEmbedding, sincos_2d
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
 
-ID_PLACES = 0.25  # embeddings start at a standard deviation of 0.02: whole sines would drown them
+ID_PLACES = 0.1  # embeddings start at a standard deviation of 0.02: whole sines would drown them
 
 
 @dataclass(frozen=True)

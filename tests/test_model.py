@@ -91,7 +91,7 @@ def test_every_token_is_embedded_at_its_place_and_padding_is_zero() -> None:
         codes = batch.ports["codes"]
         torch.testing.assert_close(x.reshape(40, -1)[codes.rows], model.embed_rows("codes", codes))
         added = model.embed_rows("codes", codes) - model.embed_ids("codes", codes.values)
-        torch.testing.assert_close(added, 0.25 * sincos_2d(codes.grids[0], x.shape[2]), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(added, 0.1 * sincos_2d(codes.grids[0], x.shape[2]), atol=1e-6, rtol=1e-4)
     assert not x[batch.layout.sample_id < 0].any()
     assert x[batch.layout.sample_id >= 0].any(dim=1).all()
 
