@@ -367,7 +367,7 @@ def _validate(tables: dict[str, Any], name: str, family: str, size: str, *, wher
         recipe = Recipe(name=name, family=family, size=size, source=source, **tables)
         _check(recipe)
     except ValidationError as error:
-        raise _explain(error, where, text) from None
+        raise _explain(error, where, text, tables.get("phases")) from None
     except RecipeError as error:
         raise RecipeError(f"{where}{_line_of(error.message, text)}: {error.message}", hint=error.hint) from None
     except TypeError as error:
@@ -375,10 +375,13 @@ def _validate(tables: dict[str, Any], name: str, family: str, size: str, *, wher
     return recipe
 
 
-def _explain(error: ValidationError, where: str, text: str) -> RecipeError:
+def _explain(error: ValidationError, where: str, text: str, phases: Any) -> RecipeError:
     """pydantic's first complaint in our words: file, line, key, what was found, the nearest valid key."""
     first = error.errors()[0]
     location = [str(step) for step in first["loc"] if step not in ("SegmentSpec", "EachSpec")]
+    if location[0] == "phases" and len(location) > 1 and isinstance(phases, list):  # by its name, as --set says it
+        phase = phases[int(location[1])]
+        location[1] = str(phase.get("name", location[1])) if isinstance(phase, dict) else location[1]
     key = ".".join(location)
     hint = ""
     problem = first.get("ctx", {}).get("error")
