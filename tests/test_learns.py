@@ -80,7 +80,7 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     (phase,) = recipe.phases_for("train-unified")
     drawn = next(port for port in recipe.ports.values() if port.autoencoder)
     continuous = recipe.autoencoders[drawn.autoencoder].codebook_size is None
-    steps = 1200 if continuous else 300
+    steps = 2000 if continuous else 300
     sets = [f"phases.{phase.name}.{key}" for key in (f"steps={steps}", "batch_tokens=512", 'lr_schedule="cosine"')]
     recipe = load_recipe(name, size="tiny", sets=sets)
     world = make_world(tmp_path / "world", recipe, samples_for(recipe))
