@@ -225,11 +225,14 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_a_forked_worker_does_not_keep_the_folder_locked(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     run.__enter__()
+    begun, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(tell, b"1")  # the locks were closed before fork returned here
         time.sleep(30)
         os._exit(0)
     try:
+        assert os.read(begun, 1) == b"1"
         run.__exit__(None, None, None)
         with open_run(tmp_path) as again:
             assert again.complete
