@@ -36,7 +36,7 @@ from stages.parts.views.square import to_pixels, to_tensor
 from stages.recipe import Recipe
 from stages.run import Run
 from stages.sample import sample
-from stages.training.checkpoint import checkpoint_input, load_autoencoder, open_checkpoint
+from stages.training.checkpoint import checkpoint_input, is_unfinished, load_autoencoder, open_checkpoint
 from stages.training.loop import resolve_device
 
 Control = Literal["untrained", "shuffled"]
@@ -109,8 +109,7 @@ def checkpoint_folder(target: str) -> Path | None:
     if target.startswith("hf://"):
         return resolve(target)
     folder = Path(target)
-    unfinished = (folder / "status.json").is_file() and not split_folders(target)  # open_checkpoint says so
-    return folder if unfinished or (folder / "config.json").is_file() else None
+    return folder if (folder / "config.json").is_file() or is_unfinished(folder) else None  # open_checkpoint says that it is
 
 
 def splits_of(spec: str) -> dict[str, str]:

@@ -169,14 +169,11 @@ class Model(nn.Module):
         """One port's values → vectors (n, d)."""
         module: Any = self.ports[name]
         port = self.recipe.ports[name]
-        if port.is_ids:
-            vectors = self.embed_ids(name, rows.values)
-            return vectors if port.grid_embedding == "none" else vectors + self.embed_places(name, rows.grids).to(vectors)
         values = rows.values
         if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
             values = self.encoders[port.encoder](values).tokens
             values = values.reshape(-1, values.shape[-1])
-        vectors = module.connector(values, rows.grids)
+        vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
         if port.grid_embedding != "none":
             vectors = vectors + self.embed_places(name, rows.grids).to(vectors)
         if port.timestep == "add":

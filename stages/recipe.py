@@ -446,6 +446,8 @@ def _check(recipe: Recipe) -> None:
             if len(experts) > 1 and not port.expert:
                 raise RecipeError(f"{here}.expert: write which one, there are several", hint=nearest("", experts))
             _known(port.expert, experts, f"{here}.expert")
+        if port.grid_embedding != "none" and (port.content not in (Content.CODES, Content.LATENTS) or port.enters != "sequence"):
+            raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         if (

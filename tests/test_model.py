@@ -1,6 +1,7 @@
 """From recipe to losses: shared vocabularies, what is frozen, what each port is judged by."""
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -103,8 +104,9 @@ def test_the_noise_level_enters_the_tokens_it_belongs_to() -> None:
     with torch.no_grad():
         rows = noisy.ports["latents"]
         assert rows.timestep is not None
-        plain = model.ports["latents"].connector(rows.values, rows.grids)  # type: ignore[operator,union-attr]
-        expected = plain + model.embed_places("latents", rows.grids) + model.ports["latents"].timestep(rows.timestep)  # type: ignore[operator,union-attr]
+        port: Any = model.ports["latents"]
+        plain = port.connector(rows.values, rows.grids)
+        expected = plain + model.embed_places("latents", rows.grids) + port.timestep(rows.timestep)
         torch.testing.assert_close(model.embed_rows("latents", rows), expected, atol=1e-5, rtol=1e-4)
 
 

@@ -275,6 +275,12 @@ BROKEN = {
         r"the drop group 'caption' has two probabilities in one task",
         "",
     ),
+    "places of what has no rows and columns": (
+        'tokenizer = "bpe"\n',
+        'tokenizer = "bpe"\ngrid_embedding = "sincos-2d"\n',
+        r"ports\.text\.grid_embedding: only codes and latents",
+        "none",
+    ),
     "two sizes of a batch": (
         "batch_size = 3",
         "batch_size = 3\nbatch_tokens = 99",

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ from stages.files import replace_folder, write_atomic
 from stages.model import Model, build_model, count_parameters, covers
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
-from stages.recipe import Recipe, load_recipe
+from stages.recipe import Recipe, Stage, load_recipe
 
 WEIGHTS = "model.safetensors"
 TRAVELS = (WEIGHTS, "config.json", "recipe.toml", "README.md", "tokenizer.json", "tokenizer_config.json")
@@ -172,11 +172,19 @@ class Checkpoint:
     tokenizers: dict[str, Path]
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a training stage has begun here and not yet written its checkpoint."""
+    status = folder / "status.json"
+    if (folder / "config.json").is_file() or not status.is_file():
+        return False
+    return json.loads(status.read_text(encoding="utf-8")).get("stage") in get_args(Stage)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's recipe and config, without weights. UsageError if it is not one."""
     for name in ("config.json", "recipe.toml"):
         if not (folder / name).is_file():
-            if (folder / "status.json").is_file():
+            if is_unfinished(folder):
                 raise UsageError(
                     f"{folder}: a training run that has not finished", hint="give the command that began it again: it goes on from there"
                 )

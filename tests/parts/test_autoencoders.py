@@ -169,3 +169,18 @@ def test_paper_sizes_have_the_published_numbers_of_parameters(config: Autoencode
 def test_impossible_configs_say_why(table: dict[str, object], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         parse_part(AUTOENCODERS, table, "autoencoders.image")
+
+
+@pytest.mark.parametrize("config", [CNNConfig, KLCNNConfig])
+def test_a_local_encoder_sees_one_cell_at_a_time(config: type[CNNConfig] | type[KLCNNConfig]) -> None:
+    torch.manual_seed(0)
+    encoder = config(downsample=4, patch_size=2, multipliers=(1, 1), channels=8, latent_channels=3, local=True).build().eval().encoder
+    pictures = torch.randn(2, 3, 8, 12)
+    with torch.no_grad():
+        latents = encoder(pictures)
+        assert latents.shape[2:] == (2, 3)
+        alone = encoder(pictures[1:, :, 4:8, 8:12])  # the last cell, as a picture of its own
+        torch.testing.assert_close(latents[1:, :, 1:, 2:], alone, atol=1e-5, rtol=1e-4)
+        pictures[:, :, :4, :4] += 1
+        changed = (encoder(pictures) - latents).abs().amax(dim=(0, 1)) > 1e-6
+    assert changed.tolist() == [[True, False, False], [False, False, False]]

@@ -102,6 +102,13 @@ def test_a_folder_that_is_no_checkpoint_is_the_users_mistake(tmp_path: Path) -> 
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"not a checkpoint, there is no config\.json"):
         open_checkpoint(tmp_path)
+    status = tmp_path / "status.json"
+    status.write_text('{"state": "done", "stage": "eval"}')
+    with pytest.raises(UsageError, match="not a checkpoint"):
+        open_checkpoint(tmp_path)
+    status.write_text('{"state": "stopped", "stage": "align"}')
+    with pytest.raises(UsageError, match="a training run that has not finished"):
+        open_checkpoint(tmp_path)
 
 
 def test_the_model_card_says_how_to_use_it(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ QUESTION_TYPES: dict[str, Ask] = {
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """At most one question of each type the level asks: {"question", "answer", "type"}. Types a scene gives no fair question for are left out."""
+    """At most one question of each type the level asks: {"question", "answer", "type"}; none where a scene gives no fair one."""
     asked = ((kind, QUESTION_TYPES[kind](scene, rng)) for kind in scene.row.asks)
     return [{"question": pair[0], "answer": pair[1], "type": kind} for kind, pair in asked if pair]
 

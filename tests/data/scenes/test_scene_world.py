@@ -125,3 +125,9 @@ def test_two_objects_at_one_place_are_refused() -> None:
     entry = SceneObject("large", "plain", "red", "circle", "top left")
     with pytest.raises(ValueError, match="two objects at one place"):
         Scene(0, (entry, entry))
+
+
+def test_without_edits_a_sample_is_the_same_but_for_them() -> None:
+    whole, less = scene_sample(1, 0, "train", 3).fields, scene_sample(1, 0, "train", 3, edits=False).fields
+    assert whole.keys() - less.keys() == {"source", "instruction", "result", "result.scene"}
+    assert all(np.array_equal(less[name], whole[name]) if name == "image" else less[name] == whole[name] for name in less)
