@@ -179,6 +179,10 @@ def run_options(ctx: typer.Context) -> RunOptions:
 # results
 
 
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def read_status(out: Path) -> dict[str, Any]:
     """status.json of a run folder, whichever kind it is; {} where there is none."""
     for path in (out / ".mmgen" / "status.json", out / "status.json"):
@@ -188,8 +192,11 @@ def read_status(out: Path) -> dict[str, Any]:
 
 
 def give(out: Path | str, *, as_json: bool, **more: object) -> None:
-    """Prints a stage's result on stdout: the path it wrote, or with --json one object with the path and how the run ended."""
-    if str(out) == "-":
+    """Prints a stage's result on stdout: the path it wrote, or with --json one object with the path and how the run ended.
+
+    Of several ranks the first does.
+    """
+    if str(out) == "-" or not is_first_rank():
         return
     if as_json:
         status = read_status(Path(out))
@@ -200,7 +207,7 @@ def give(out: Path | str, *, as_json: bool, **more: object) -> None:
 
 def give_checkpoint(folder: Path, *, push: str | None, as_json: bool) -> None:
     """Like `give`, after uploading the checkpoint if that was asked for."""
-    if push is None:
+    if push is None or not is_first_rank():
         give(folder, as_json=as_json)
         return
     from stages.hub import push as upload
@@ -265,7 +272,9 @@ def stdout_for(out: str, *, as_json: bool) -> Iterator[None]:
 
 
 def check_stdin(spec: str | None) -> None:
-    """`-` reads a tar from stdin; at a terminal that would wait for ever."""
+    """`-` reads a tar from stdin; at a terminal that would wait for ever, and several ranks would each get a piece."""
+    if spec == "-" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("- is a stream for one process, and there are several ranks", hint="name a folder")
     if spec == "-" and sys.stdin.isatty():
         raise UsageError(
             "- reads a tar from stdin, and stdin is this terminal", hint="pipe one in, as in `mmgen import ... --out - | mmgen ...`"

@@ -69,6 +69,10 @@ MaxSteps = Annotated[
 MaxMinutes = Annotated[
     float | None, typer.Option("--max-minutes", metavar="MINUTES", min=0.0, help="Stop after so many minutes; the same command continues.")
 ]
+Parallel = Annotated[
+    Literal["ddp", "fsdp"],
+    typer.Option("--parallel", help="How ranks under torchrun share the network: ddp, each has all of it; fsdp, each has a part."),
+]
 OnBadSample = Annotated[
     Literal["fail", "skip", "quarantine"], typer.Option("--on-bad-sample", help="What to do with a sample that cannot be read.")
 ]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, split_folders
 from stages.errors import DataError, UsageError
@@ -53,6 +54,7 @@ class Part:
     untrained: Shards | None
 
 
+@ranks.joined(patience=ranks.FOREVER)
 def evaluate(
     target: str,
     shards: str | None,
@@ -86,6 +88,8 @@ def evaluate(
             parts = list(make_samples(folder, str(shards), out, options, run))
         else:
             parts = list(open_samples(target, shards))
+        if run.rank != 0:  # the answers were the work; to score them is for one
+            return out
         setting = Setting(seed=options.seed, reference=reference_features(real, run) if real is not None else None)
         rows: list[dict[str, Any]] = []
         for part in parts:
@@ -168,14 +172,24 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
             return
         sizes = {"sample.image.codes": tokenizer.codebook_size} if tokenizer.codebook_size is not None else {}
         provenance = {"stage": "reconstruct", "inputs": inputs}
-        with ShardWriter(out, name="samples", provenance=provenance, codebook_sizes=sizes, overwrite=options.overwrite) as writer:
+        with ShardWriter(
+            out,
+            name="samples",
+            samples_per_shard=RECONSTRUCT_BATCH,
+            provenance=provenance,
+            codebook_sizes=sizes,
+            resume=run.resuming,
+            rank=ranks.rank(),
+            ranks=ranks.size(),
+            wait=ranks.wait,
+        ) as writer:
             count = min(len(source), options.limit or len(source))
             view = next((port.view for port in recipe.ports.values() if port.autoencoder and port.view is not None), None)
-            for start in range(0, count, RECONSTRUCT_BATCH):
-                group = [through_view(source[i], view) for i in range(start, min(start + RECONSTRUCT_BATCH, count))]
+            for part in writer.parts(count, RECONSTRUCT_BATCH):
+                group = [through_view(sample, view) for i in part if (sample := source.read_or_skip(i)) is not None]
                 for made in round_trip(tokenizer, group, device):
                     writer.write(made)
-                run.status(step=start, of=count)
+                run.status(step=part.stop, of=count)
                 if run.stopping:
                     run.raise_stop()
 

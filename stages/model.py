@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Transformer
 from stages.parts.layers import TimestepEmbedding, sincos_2d
@@ -25,14 +26,14 @@ ID_PLACES = 0.1  # embeddings start at a standard deviation of 0.02: whole sines
 
 @dataclass(frozen=True)
 class PortLoss:
-    """Weighted sum of one port's token losses, and how many tokens that was."""
+    """Weighted sum of one port's token losses, and how many tokens that was (of several ranks: on average, see `shared_losses`)."""
 
     total: Tensor
-    count: int
+    count: float
 
     @property
     def mean(self) -> Tensor:
-        return self.total / max(1, self.count)
+        return self.total / (self.count or 1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Model(nn.Module):
         for name, objective in self.objectives.items():
             between = [address.removeprefix("ports.") for address in self.recipe.objectives[name].between]  # type: ignore[attr-defined]
             if all(port in noisy.ports for port in between):
-                first, second = (self.pooled(port, noisy.ports[port]) for port in between)
+                first, second = (ranks.gathered_rows(self.pooled(port, noisy.ports[port])) for port in between)
                 losses[name] = PortLoss(objective(first, second), 1)
         return losses
 
@@ -224,6 +225,21 @@ class Model(nn.Module):
         encoder = self.encoders[port.encoder]
         features = encoder(rows.values) if rows.values.dim() == 4 else encoder(rows.values, rows.lengths)
         return module.connector(features.pooled, rows.grids)
+
+
+def shared_losses(recipe: Recipe, losses: Mapping[str, PortLoss]) -> tuple[dict[str, PortLoss], dict[str, float]]:
+    """Losses whose average over the ranks is that of all tokens of the batch, wherever they are; and each port's mean, for the log.
+
+    A port is judged by the number of its tokens on all ranks: means of ranks would give a token among few more weight than one among many.
+    """
+    names = [*recipe.ports, *recipe.objectives]
+    numbers = torch.zeros(len(names), 2, dtype=torch.float64)
+    for name, loss in losses.items():
+        numbers[names.index(name)] = torch.stack([loss.total.detach().double().cpu(), torch.tensor(float(loss.count)).double()])
+    ranks.summed(numbers)
+    totals, counts = (numbers / ranks.size()).unbind(1)
+    shared = {name: PortLoss(loss.total, float(counts[names.index(name)])) for name, loss in losses.items()}
+    return shared, {name: float(total / count) for name, total, count in zip(names, totals, counts, strict=True) if count}
 
 
 def vocabulary_slices(recipe: Recipe) -> dict[str, Slice]:

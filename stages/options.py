@@ -17,6 +17,7 @@ class RunOptions:
     max_steps: int | None = None
     max_minutes: float | None = None
     overwrite: bool = False
+    parallel: str = "ddp"
     on_bad_sample: str = "skip"
     max_bad_fraction: float = 0.01
     quiet: bool = False

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
@@ -33,7 +34,7 @@ from stages.run import Run
 from stages.training.checkpoint import save_checkpoint
 from stages.training.ema import EMA
 from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
-from stages.training.stream import stream_seed
+from stages.training.stream import not_shared, stream_seed
 
 IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are decoded again every epoch
 NUM_VALIDATION = 1024  # pictures that are reconstructed for the reported numbers
@@ -43,6 +44,7 @@ DEAD_PERPLEXITY = 1.5  # below, nearly all codes are the same one
 BATCH = 64  # pictures at once when nothing is learned
 
 
+@ranks.joined()
 def pretrain_tokenizer(recipe: Recipe, shards: str, out: Path, options: RunOptions, val: str | None = None) -> Path:
     """Train the recipe's one autoencoder, or its one text tokenizer if it has no other part. Returns the checkpoint folder.
 
@@ -109,8 +111,9 @@ def _train_text_tokenizer(recipe: Recipe, data: Shards, validation: Shards | Non
         ids = tokenizer.encode_batch(held_out)
         numbers["bytes_per_token"] = sum(len(text.encode()) for text in held_out) / max(1, sum(map(len, ids)))
     run.log(**numbers)
-    save_checkpoint(run.out, recipe, {}, facts=numbers)
-    tokenizer.save(run.out)
+    if run.rank == 0:
+        save_checkpoint(run.out, recipe, {}, facts=numbers)
+        tokenizer.save(run.out)
     run.say(data.write_bad_samples(run.meta))
     run.finish(message=f"{tokenizer.vocab_size} entries from {', '.join(fields)} of {count:,} samples")
 
@@ -196,10 +199,14 @@ class PictureBatch:
 
 
 class Pictures:
-    """Batches of pictures in an order that depends on (data, seed, phase) alone; `position` counts the pictures given out."""
+    """Batches of pictures in an order that depends on (data, seed, phase) alone; `position` counts the pictures given out.
 
-    def __init__(self, shards: Shards, plan: Plan, phase: Phase, seed: int, limit: int | None = None) -> None:
+    shared: of several ranks each takes its equal stretch of every batch.
+    """
+
+    def __init__(self, shards: Shards, plan: Plan, phase: Phase, seed: int, limit: int | None = None, *, shared: bool = False) -> None:
         self.shards, self.plan, self.phase, self.seed = shards, plan, phase, seed
+        self.rank, self.ranks = (ranks.rank(), ranks.size()) if shared else (0, 1)
         self.position = 0
         self.fields = [field for field in plan.fields if field in shards.fields]
         if not self.fields:
@@ -264,8 +271,11 @@ class Pictures:
 
     def next_batch(self) -> PictureBatch:
         assert self.phase.batch_size is not None
+        if self.phase.batch_size % self.ranks:
+            raise not_shared(self.phase, self.ranks)
         numbers = []
-        for position in range(self.position, self.position + self.phase.batch_size):
+        share = self.phase.batch_size // self.ranks
+        for position in range(self.position + self.rank * share, self.position + (self.rank + 1) * share):
             epoch, place = divmod(position, len(self))
             if self._order[0] != epoch:
                 generator = torch.Generator().manual_seed(stream_seed(self.seed, self.phase.name, "order", epoch))
@@ -294,7 +304,7 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
     plan, phases = plan_autoencoder(recipe), recipe.phases_for("pretrain-tokenizer")
     learner = Learner(recipe, plan, options.seed).to(device)
     autoencoder = learner.autoencoder
-    pictures = Pictures(data, plan, phases[0], options.seed, options.limit)
+    pictures = Pictures(data, plan, phases[0], options.seed, options.limit, shared=True)
     assert pictures.shape is not None
     grid = autoencoder.grid(*pictures.shape[:2])
     held_out = Pictures(validation, plan, phases[0], options.seed) if validation is not None else pictures
@@ -351,12 +361,15 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
             break
 
     learner.load_state_dict({**learner.state_dict(), **averages})
+    data.note_left_out(ranks.gathered(data.left_out))
+    if run.rank != 0:
+        return
+    run.say(data.write_bad_samples(run.meta))
     autoencoder.eval()
     if isinstance(autoencoder, KLAutoencoder):
         autoencoder.fit_latent_scale(to_images(batch, device) for batch in pictures.batches(NUM_SCALE))
     numbers = measure(autoencoder, held_out, NUM_VALIDATION, device)
     run.log(step=ledger.total_step, phase=phases[ledger.phase].name, **{f"val/{name}": value for name, value in numbers.items()})
-    run.say(data.write_bad_samples(run.meta))
     if not stopped and numbers.get("perplexity", DEAD_PERPLEXITY) < DEAD_PERPLEXITY:
         raise GuardError(
             f"the codebook died: {numbers['codes']:,} codes of held-out pictures have a perplexity of {numbers['perplexity']:.2f}",

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stages import ranks
 from stages.data.sample import Sample
-from stages.data.shards import Shards, ShardWriter, open_shards, write_stream
+from stages.data.shards import Shards, ShardWriter, open_shards, stream_shards
 from stages.data.stream import spool_folder
 from stages.decoding import Prompt, Session, store_by_column
 from stages.errors import DataError, RecipeError, UsageError, nearest
@@ -34,7 +35,7 @@ from stages.training.checkpoint import checkpoint_input, fingerprint, load_model
 from stages.training.loop import deterministic, resolve_device
 from stages.travelling import encode_picture, load_travelling
 
-GROUP = 64  # prompts that are written together; fixed, so that a batch never depends on ranks or limits
+GROUP = 64  # prompts that are answered together, one tar of them; fixed, so that a batch never depends on ranks or limits
 PROMPT_KEY = "prompt"
 FREE = "free"  # the task without a recipe's task: the model decides where words end and pictures begin
 FREE_PARTS = 6
@@ -54,6 +55,7 @@ class Job:
         return f"{self.task}/{self.number}" + (f"/{self.record}" if self.record is not None else "")
 
 
+@ranks.joined(patience=ranks.FOREVER)
 def sample(
     model: Path,
     prompts: str | None,
@@ -99,25 +101,41 @@ def sample(
         count = min(len(source), options.limit or len(source))
         run.say(f"{writer.recipe.name}: {names} for {count:,} prompts" + (f", {num_samples} each" if num_samples > 1 else ""))
 
-        def answered() -> Iterator[Sample]:
-            for start in range(0, count, GROUP):
-                group = [source[i] for i in range(start, min(start + GROUP, count))]
-                yield from writer.answer(group, num_samples)
-                run.status(step=min(start + GROUP, count), of=count)
-                if run.stopping:
-                    run.raise_stop()
-
         provenance = {"stage": "sample", "model": inputs[0], "prompts": inputs[1:], "seed": options.seed}
-        if str(out) == "-":
-            write_stream(answered(), sys.stdout.buffer, provenance=provenance)
-        else:
-            with ShardWriter(Path(out), name="samples", split=None, provenance=provenance, overwrite=options.overwrite) as shards:
-                for entry in answered():
+        with ShardWriter(
+            run.out,
+            name="samples",
+            samples_per_shard=GROUP * num_samples,
+            provenance=provenance,
+            resume=run.resuming,
+            rank=ranks.rank(),
+            ranks=ranks.size(),
+            wait=ranks.wait,
+        ) as shards:
+            for part in shards.parts(count, GROUP):
+                for entry in writer.answer(list(good(source, part)), num_samples):
                     shards.write(entry)
                     if save_files:
-                        save_pictures(entry, Path(out) / "files")
+                        save_pictures(entry, run.out / "files")
+                run.status(step=part.stop, of=count)
+                if run.stopping:
+                    run.raise_stop()
+        if isinstance(source, Shards):
+            source.note_left_out(ranks.gathered(source.left_out))
+            if source.bad and run.rank == 0:
+                run.say(source.write_bad_samples(run.meta))
+        if run.streaming:
+            stream_shards(run.out, sys.stdout.buffer)
         run.finish("done", f"{count * num_samples:,} samples")
     return Path(out)
+
+
+def good(source: Shards | Sequence[Sample], part: range) -> Iterator[Sample]:
+    """The prompts of a stretch that can be read."""
+    for i in part:
+        prompt = source.read_or_skip(i) if isinstance(source, Shards) else source[i]
+        if prompt is not None:
+            yield prompt
 
 
 class Writer:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.data.index import META, read_index
+from stages import ranks
+from stages.data.index import META, checked_index, read_index
 from stages.data.sample import IMAGE_FORMATS, Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, split_folders, stream_shards
 from stages.data.stream import spool_folder
@@ -66,6 +67,7 @@ class Loaded:
         return found
 
 
+@ranks.joined(patience=ranks.FOREVER)
 def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options: RunOptions, check: int = 0) -> Path:
     """Write shards with the fields every tokenizer adds, one folder a split where the input has splits. Returns `out`.
 
@@ -98,11 +100,11 @@ def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options:
             return out
         counts = {split: _tokenize_split(data, loaded, run.out / split, split, run, options) for split, data in opened.items()}
         for split in opened:
-            if check:
+            if check and run.rank == 0:
                 _report_check(run.out / split, loaded, check, split, run)
         if run.streaming:
             stream_shards(run.out, sys.stdout.buffer)
-        elif "" not in opened:
+        elif "" not in opened and run.rank == 0:
             write_atomic(out / "README.md", _readme(out.resolve().name, opened, counts, loaded, options))
         names = sorted({output for data in opened.values() for output in plan_outputs(loaded, data)})
         run.finish(message=f"{sum(counts.values()):,} samples, each with {', '.join(names)}")
@@ -171,44 +173,37 @@ def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split:
             codebook_sizes={name: entry["codebook_size"] for name, entry in before.items() if entry.get("codebook_size")}
             | {output: size for output, tokenizer in own.items() if (size := _codebook_size(tokenizer.part)) is not None},
             resume=run.resuming,
+            rank=ranks.rank(),
+            ranks=ranks.size(),
+            wait=ranks.wait,
         ) as writer:
-            for sample in _encoded(data, plan, writer.num_written, run, options.limit, split):
-                writer.write(sample)
-    run.say(f"{split + ': ' if split else ''}{data.write_bad_samples(folder / META)}")
-    return writer.num_written
+            size = min(len(data), options.limit or len(data))
+            for part in writer.parts(size, writer.samples_per_shard):
+                for sample in _encoded(data, plan, part, run):
+                    writer.write(sample)
+                run.status(step=part.stop, of=size, message=split)
+    data.note_left_out(ranks.gathered(data.left_out))
+    if run.rank == 0:
+        run.say(f"{split + ': ' if split else ''}{data.write_bad_samples(folder / META)}")
+    return sum(entry.nsamples for entry in checked_index(folder).shardlist)
 
 
 def _codebook_size(part: TextTokenizer | Autoencoder) -> int | None:
     return None if isinstance(part, TextTokenizer) else part.codebook_size
 
 
-def _encoded(
-    data: Shards, plan: Mapping[str, tuple[Loaded, str]], written: int, run: Run, limit: int | None, split: str
-) -> Iterator[Sample]:
-    """The samples with their new fields, from the one after `written` on. Bad samples are left out and accounted for."""
-    size = min(len(data), limit or len(data))
+def _encoded(data: Shards, plan: Mapping[str, tuple[Loaded, str]], part: range, run: Run) -> Iterator[Sample]:
+    """The samples of a stretch of the index with their new fields. Bad samples are left out and accounted for."""
     reads = sorted({field for _, field in plan.values()})
-    good = 0  # samples met so far that are written or will be
-    for start in range(0, size, GROUP):
+    for start in range(part.start, part.stop, GROUP):
         if run.stopping:
             run.raise_stop()
-        numbers, decoded = [], []
-        for i in range(start, min(start + GROUP, size)):
-            sample = data.read_or_skip(i, reads)
-            if sample is not None:
-                numbers.append(i)
-                decoded.append(sample)
-        good += len(numbers)
-        if good > written:
-            outputs: dict[str, list[np.ndarray]] = {
-                output: encode(tokenizer, decoded, field) for output, (tokenizer, field) in plan.items()
-            }
-            for place in range(max(0, written - (good - len(numbers))), len(numbers)):
-                unchanged = data.read_encoded(numbers[place])
-                yield Sample(
-                    unchanged.key, unchanged.fields | {output: values[place] for output, values in outputs.items()}, unchanged.source
-                )
-        run.status(step=min(start + GROUP, size), of=size, message=split)
+        decoded = {i: sample for i in range(start, min(start + GROUP, part.stop)) if (sample := data.read_or_skip(i, reads)) is not None}
+        outputs = {output: encode(tokenizer, list(decoded.values()), field) for output, (tokenizer, field) in plan.items()}
+        for place, i in enumerate(decoded):
+            unchanged = data.read_encoded(i)
+            made = {output: values[place] for output, values in outputs.items()}
+            yield Sample(unchanged.key, unchanged.fields | made, unchanged.source)
 
 
 @torch.no_grad()

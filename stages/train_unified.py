@@ -8,17 +8,19 @@ inside the right one. `align` tells the same story with the phases that belong t
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from stages import ranks
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
 from stages.errors import UsageError
 from stages.hub import resolve
-from stages.model import Model, PortLoss, build_model, count_parameters, covers, set_trainable
+from stages.model import Model, PortLoss, build_model, count_parameters, covers, set_trainable, shared_losses
 from stages.options import RunOptions
 from stages.recipe import Phase, Recipe, Stage
 from stages.run import Run
@@ -28,6 +30,7 @@ from stages.training.checkpoint import checkpoint_input, fingerprint, init_part,
 from stages.training.ema import EMA
 from stages.training.features import precompute_features
 from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
+from stages.training.parallel import Engine, whole
 from stages.training.stream import Stream, unused_tasks
 from stages.training.validation import Validation
 from stages.travelling import Travelling, find_tokenizers, load_travelling
@@ -46,6 +49,7 @@ def train_unified(
     return train_phases("train-unified", recipe, shards, out, options, init or {}, tokenizers, val)
 
 
+@ranks.joined()
 def train_phases(
     stage: Stage,
     recipe: Recipe,
@@ -95,6 +99,7 @@ def train_phases(
         run.say(
             f"{recipe.name} ({recipe.size}): {count_parameters(model):,} parameters, {len(data):,} samples, {all_steps:,} steps, {device}, {str(dtype).removeprefix('torch.')}"
         )
+        engine = Engine(model, options.parallel)
         averages: dict[str, Tensor] = {}
         stopped = False
         for number, phase in enumerate(phases):
@@ -103,14 +108,14 @@ def train_phases(
             if number > ledger.phase:
                 ledger.phase, ledger.step, ledger.position = number, 0, 0
             learning = set_trainable(model, phase.trainable, phase.frozen)
-            precompute_features(model, planner, [data, validation_data], phase)
-            stream = Stream(data, planner, phase, seed=options.seed, limit=options.limit)
+            engine(partial(precompute_features, model, planner, [data, validation_data], phase))
+            stream = Stream(data, planner, phase, seed=options.seed, limit=options.limit, shared=True)
             for task in unused_tasks(planner, phase.tasks, data):
                 run.say(f"note: phase '{phase.name}' leaves out the task '{task}': these shards lack its fields")
             validation = Validation(validation_data, planner, phase, options.seed) if validation_data is not None else None
             average: list[EMA] = []
             step = training_step(model, phase, device, dtype)
-            trainee = Trainee[Batch](model, {"main": learning})
+            trainee = Trainee[Batch](model, {"main": learning}, engine)
             for progress in fit(
                 step,
                 trainee,
@@ -126,7 +131,7 @@ def train_phases(
                 all_steps=all_steps,
             ):
                 if progress.due and validation is not None:
-                    run.log(step=ledger.total_step, phase=phase.name, **validation.losses(model, device))
+                    validate(engine, model, validation, run, ledger.total_step, phase.name, device)
             stopped = ledger.step < phase.steps
             state = None
             averages = dict(average[0].weights()) if average else {}
@@ -134,7 +139,7 @@ def train_phases(
                 run.say(f"{stream.too_long} samples were longer than a batch and were left out")
             if stopped:
                 break
-        weights = {**model.state_dict(), **averages}
+        weights = {name: whole(value) for name, value in {**model.state_dict(), **averages}.items()}
         facts = {
             "steps": ledger.total_step,
             "samples": ledger.samples,
@@ -143,7 +148,10 @@ def train_phases(
             "ema": bool(averages),
             "grids": picture_grids(recipe, planner, data),
         }
-        save_checkpoint(out, recipe, weights, tokenizers=travelling.folders, facts=facts)
+        data.note_left_out(ranks.gathered(data.left_out))
+        if run.rank == 0:
+            run.say(data.write_bad_samples(run.meta))
+            save_checkpoint(out, recipe, weights, tokenizers=travelling.folders, facts=facts)
         run.finish("stopped" if stopped else "done", f"{ledger.total_step} of {all_steps} steps, {ledger.samples:,} samples")
     return out
 
@@ -155,20 +163,31 @@ def training_step(model: Model, phase: Phase, device: torch.device, dtype: torch
 
     def step(batch: Batch, generator: Generator) -> StepResult:
         with autocast(device, dtype):
-            losses = model.losses(batch.to(device), generator)
+            own = model.losses(batch.to(device), generator)
+        losses, means = shared_losses(model.recipe, own)
         total = combine(model.recipe, losses, phase.reduce)
-        log: dict[str, Any] = {f"loss/{name}": loss.mean for name, loss in losses.items() if loss.count}
+        log: dict[str, Any] = {f"loss/{name}": mean for name, mean in means.items()}
         log["padding"] = batch.padding
         return StepResult({"main": total}, log, samples=len(batch.keys), tokens=batch.num_tokens, keys=batch.keys)
 
     return step
 
 
+def validate(engine: Engine, model: Model, validation: Validation, run: Run, step: int, phase: str, device: torch.device) -> None:
+    """Log the held-out losses. What goes wrong there is said, and training goes on."""
+    try:
+        numbers = engine(partial(validation.losses, model, device))
+    except Exception as error:
+        run.say(f"warning: step {step}: validation failed, training goes on ({type(error).__name__}: {error})")
+        return
+    run.log(step=step, phase=phase, **numbers)
+
+
 def combine(recipe: Recipe, losses: Mapping[str, PortLoss], reduce: str) -> Tensor:
     """The loss that is differentiated. own-tokens: each port by its own count (BAGEL); all-tokens: one count for all (Chameleon)."""
     weights = {name: recipe.ports[name].loss_weight if name in recipe.ports else 1.0 for name in losses}
     if reduce == "all-tokens":
-        count = max(1, sum(loss.count for loss in losses.values()))
+        count = sum(loss.count for loss in losses.values()) or 1
         return torch.stack([weights[name] * loss.total for name, loss in losses.items()]).sum() / count
     return torch.stack([weights[name] * loss.mean for name, loss in losses.items()]).sum()
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("mmgen_cli", "stages") for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted((ROOT / "stages" / "recipes").rglob("*.toml"))
 FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report", "drawing")
-BASICS = {"stages.errors", "stages.options", "stages.files"}  # what everybody may import
+BASICS = {"stages.errors", "stages.options", "stages.files", "stages.ranks"}  # what everybody may import
 
 
 def parsed(path: Path) -> ast.Module:
@@ -39,7 +39,9 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in ("stages", "mmgen_cli"))
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if (node.module or "").split(".")[0] in ("stages", "mmgen_cli"):
+            if node.module == "stages":
+                yield from (f"stages.{alias.name}" for alias in node.names)
+            elif (node.module or "").split(".")[0] in ("stages", "mmgen_cli"):
                 yield str(node.module)
 
 

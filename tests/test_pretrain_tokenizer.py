@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from worlds import state_tensors
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter
@@ -136,10 +137,10 @@ def test_the_checkpoint_holds_the_autoencoder_and_the_state_the_discriminator_to
     out = pretrain_tokenizer(recipe("vqgan", **ADVERSARIAL), str(shards), tmp_path / "out", QUIET)
     assert {name.split(".")[0] for name in weights(out)} == {"autoencoders"}
     (state,) = (out / "state").iterdir()
-    learning = read_weights(state / "model.safetensors")
+    learning = state_tensors(state, "model")
     moved = [name for name in learning if name.startswith("objectives.reconstruct.discriminator.")]
     assert moved
-    assert any(name.startswith("discriminator.") for name in read_weights(state / "optimizer.safetensors"))
+    assert any(name.startswith("discriminator.") for name in state_tensors(state, "optimizer"))
     losses = {name for line in metrics(out) for name in line if name.startswith("loss")}
     assert {"loss", "loss/l1", "loss/perceptual", "loss/discriminator", "loss/adversarial", "loss/commitment"} <= losses
 

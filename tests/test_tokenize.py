@@ -148,7 +148,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     shards: Path, checkpoints: dict[str, Path], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, told = tmp_path / "out", list(checkpoints.values())
-    polls = iter([False, True])  # after the first group of `train`: two tars are whole, the third is not
+    polls = iter([False, False, True])  # two tars are whole, the third is not begun
     monkeypatch.setattr(Run, "stopping", property(lambda run: next(polls, False)))
     with pytest.raises(Preempted):
         tokenize_shards(str(shards), told, out, QUIET)

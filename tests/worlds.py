@@ -21,7 +21,7 @@ from stages.parts.tokenizers import ByteBPEConfig, TextTokenizer
 from stages.recipe import Recipe, load_recipe
 from stages.sequence.plan import Planner
 from stages.sequence.segment import Layout, MaskKind, PositionKind, Role, Segment
-from stages.training.checkpoint import fingerprint, save_checkpoint
+from stages.training.checkpoint import fingerprint, read_weights, save_checkpoint
 from stages.travelling import load_travelling
 
 SPECIAL = ("<t2i>", "<mmu>", "<soi>", "<eoi>", "<sot>", "<eot>")
@@ -40,6 +40,12 @@ CAPTIONS = [
 @cache
 def text_tokenizer(special: tuple[str, ...] = SPECIAL) -> TextTokenizer:
     return ByteBPEConfig(vocab_size=300, special=special).train(CAPTIONS)
+
+
+def state_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """What a training state of one rank holds of the model, an optimizer or the average."""
+    (file,) = folder.glob("*.safetensors")
+    return {name.removeprefix(f"{part}."): value for name, value in read_weights(file).items() if name.startswith(f"{part}.")}
 
 
 def recipe_from(text: str, *, size: str | None = None, sets: Sequence[str] = ()) -> Recipe:

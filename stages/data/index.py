@@ -91,6 +91,14 @@ def read_index(folder: Path) -> ShardIndex | None:
     return parse_index(text, str(path))
 
 
+def checked_index(folder: Path) -> ShardIndex:
+    """The index of a folder that must have one. Raises DataError."""
+    index = read_index(folder)
+    if index is None:
+        raise DataError(f"{folder}: there is no index in {META}")
+    return index
+
+
 def parse_index(text: str, where: str) -> ShardIndex:
     """The index in `text`; `where` names it in the DataError of a wrong one."""
     try:
@@ -147,6 +155,11 @@ class FieldTable:
     def add(self, name: str, form: str, data: bytes) -> None:
         """Take note of a value of field `name`, encoded as `form`. Raises DataError where its header is wrong."""
         self.fields[name] = self.merged(name, form, data)
+
+    def note(self, name: str, info: FieldInfo) -> None:
+        """Take note of what another table says of field `name`."""
+        known = self.fields.get(name)
+        self.fields[name] = info if known is None else merge_field(name, known, info)
 
     def merged(self, name: str, form: str, data: bytes) -> FieldInfo:
         """What `add` would note."""

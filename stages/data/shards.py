@@ -17,11 +17,10 @@ import shutil
 from array import array
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
@@ -35,7 +34,7 @@ from stages.data.tar_format import END_OF_ARCHIVE, Walk, member_bytes, walk
 from stages.errors import DataError, UsageError, nearest
 from stages.files import replace_folder, sync, sync_folder, write_atomic
 
-__all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards", "write_stream"]
+__all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards"]
 
 ON_BAD_SAMPLE = ("fail", "skip", "quarantine")
 UNFINISHED = "unfinished"  # in .mmgen: the tar being written and a record of each finished one, until the index replaces them
@@ -56,6 +55,9 @@ class ShardWriter:
 
     After an exception the whole tars stay. A new writer for the same folder starts afresh, or with `resume` goes on: the stage then
     skips the `num_written` samples that are there already. `overwrite` removes a finished set, of what mmgen wrote only.
+
+    A stage that can say which input makes which tar asks for its `parts` instead. Then ranks share the work: each writes tars of its
+    own, and when all have come to `wait` the first of them makes the index. What comes out does not depend on how many they are.
     """
 
     def __init__(
@@ -71,6 +73,9 @@ class ShardWriter:
         codebook_sizes: Mapping[str, int] | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
         if samples_per_shard < 1:
             raise UsageError(f"samples_per_shard = {samples_per_shard}: expected at least 1")
@@ -84,8 +89,10 @@ class ShardWriter:
         self.provenance = json.loads(json.dumps(dict(provenance or {})))  # fails now, not after hours, where it is no JSON
         self.tokenizers = dict(tokenizers or {})
         self.overwrite, self.resume = overwrite, resume
-        self.entries: list[ShardEntry] = []
+        self.rank, self.ranks, self.wait = rank, ranks, wait
+        self.written: set[str] = set()  # the tars that are there
         self.num_written = 0
+        self._number = 0  # of the tar being written
         self._unfinished = self.out / META / UNFINISHED
         self._table = FieldTable(field_tokenizers, codebook_sizes)
         self._all_keys: set[str] = set()
@@ -98,17 +105,34 @@ class ShardWriter:
         self._buffered = 0
 
     def __enter__(self) -> Self:
-        records = [json.loads(path.read_text("utf-8")) for path in sorted(self._unfinished.glob("*.json"))]
-        entries = [ShardEntry.model_validate(record["entry"]) for record in records]
-        self._make_room({entry.name for entry in entries})
-        for record, entry in zip(records, entries, strict=True):
-            if self.resume and entry.name == self._tar_name() and _is_whole(self.out / entry.name, entry):
-                self._take_over(record, entry)
-            else:
+        if self.rank == 0:
+            self._prepare()
+        self.wait()
+        for record in self._records():
+            entry = ShardEntry.model_validate(record["entry"])
+            self.written.add(entry.name)
+            self.num_written += entry.nsamples
+            self._all_keys.update(record["keys"])
+            self._suffixes = record["suffixes"]
+            for name, info in record["fields"].items():
+                self._table.note(name, FieldInfo.model_validate(info))
+        while self._tar_name() in self.written:
+            self._number += 1
+        return self
+
+    def _prepare(self) -> None:
+        """Keep the whole tars of an earlier launch if it is to be resumed; clear away everything else that mmgen wrote."""
+        records = self._records()
+        self._make_room({record["entry"]["url"].removeprefix("../") for record in records})
+        for record in records:
+            entry = ShardEntry.model_validate(record["entry"])
+            if not (self.resume and _is_whole(self.out / entry.name, entry)):
                 (self.out / entry.name).unlink(missing_ok=True)
                 self._record(entry.name).unlink()
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        return self
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text("utf-8")) for path in sorted(self._unfinished.glob("*.json"))]
 
     def _make_room(self, own: set[str]) -> None:
         """Refuse a folder that holds other tars; with `overwrite`, remove the finished set of an earlier run."""
@@ -123,12 +147,17 @@ class ShardWriter:
         for name in finished:
             (self.out / name).unlink(missing_ok=True)
 
-    def _take_over(self, record: Mapping[str, Any], entry: ShardEntry) -> None:
-        self.entries.append(entry)
-        self.num_written += entry.nsamples
-        self._all_keys.update(record["keys"])
-        self._suffixes = record["suffixes"]
-        self._table.fields = {name: FieldInfo.model_validate(info) for name, info in record["fields"].items()}
+    def parts(self, count: int, per_tar: int) -> Iterator[range]:
+        """Of `count` inputs, those of each tar that this rank is to write and that is not there yet; the tar ends where the next begins.
+
+        Inputs that turn out to be bad leave their tar shorter, or out.
+        """
+        for number, start in enumerate(range(0, count, per_tar)):
+            self._number = number
+            if number % self.ranks == self.rank and self._tar_name() not in self.written:
+                yield range(start, min(start + per_tar, count))
+                if self._keys:
+                    self._finish_tar()
 
     def write(self, sample: Sample) -> None:
         """Append a sample. Raises DataError for a dotted or repeated key, for other fields than the first sample has, and for a value
@@ -171,7 +200,7 @@ class ShardWriter:
             raise DataError(f"key '{key}': has {', '.join(suffixes)}; the samples before it have {', '.join(self._suffixes)}")
 
     def _tar_name(self) -> str:
-        return f"{self.name}-{len(self.entries):06d}.tar"
+        return f"{self.name}-{self._number:06d}.tar"
 
     def _record(self, tar_name: str) -> Path:
         return self._unfinished / f"{tar_name}.json"
@@ -207,7 +236,8 @@ class ShardWriter:
         write_atomic(self._record(name), json.dumps(record))
         (self._unfinished / f"{name}.part").replace(self.out / name)
         sync_folder(self.out)
-        self.entries.append(entry)
+        self.written.add(name)
+        self._number += 1
         self._file, self._keys, self._bytes, self._digest = None, [], 0, hashlib.sha256()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -218,32 +248,43 @@ class ShardWriter:
             return
         if self._keys:
             self._finish_tar()
-        if not self.entries:
+        self.wait()
+        if self.rank == 0:
+            self._finish_set()
+        self.wait()
+
+    def _finish_set(self) -> None:
+        """What belongs to all tars: the tokenizers that travel with them, and the index, whose presence says that all is there."""
+        records = self._records()
+        if not records:
             raise DataError(f"{self.out}: there was no sample to write")
+        table = FieldTable()
+        seen: set[str] = set()
+        for record in records:
+            for name, info in record["fields"].items():
+                table.note(name, FieldInfo.model_validate(info))
+            if record["suffixes"] != records[0]["suffixes"]:
+                raise DataError(f"{record['entry']['url']}: has {record['suffixes']}; the tars before it have {records[0]['suffixes']}")
+            if twice := sorted(seen.intersection(record["keys"])):
+                raise DataError(f"key '{twice[0]}': written in two tars; keys are unique over a set")
+            seen.update(record["keys"])
         for folder, source in sorted(self.tokenizers.items()):
             copy = self._unfinished / folder
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("state", "metrics.jsonl", "status.json"))
             (self.out / META / "tokenizers").mkdir(exist_ok=True)
             replace_folder(copy, self.out / META / "tokenizers" / folder)
+        entries = [ShardEntry.model_validate(record["entry"]) for record in records]
+        self.num_written = sum(entry.nsamples for entry in entries)
         ShardIndex(
             name=self.name,
             split=self.split,
-            shardlist=self.entries,
-            fields=dict(sorted(self._table.fields.items())),
+            shardlist=entries,
+            fields=dict(sorted(table.fields.items())),
             tokenizers=sorted(self.tokenizers),
             provenance=self.provenance,
         ).write(self.out)
         shutil.rmtree(self._unfinished)
-
-
-def write_stream(samples: Iterable[Sample], file: BinaryIO, **description: Any) -> None:
-    """Write samples to `file` as one tar whose first member is their index; `description` as for ShardWriter."""
-    with TemporaryDirectory(prefix="mmgen-") as folder:
-        with ShardWriter(Path(folder), **description) as writer:
-            for sample in samples:
-                writer.write(sample)
-        stream_shards(Path(folder), file)
 
 
 def _is_whole(path: Path, entry: ShardEntry) -> bool:
@@ -545,6 +586,18 @@ class Shards:
                 f"{self.spec}: no sample has the key '{key}'", hint=nearest(key, self._positions) if len(self) < 10_000 else ""
             )
         return self._positions[key]
+
+    @property
+    def left_out(self) -> tuple[set[int], list[BadSample]]:
+        """What `note_left_out` tells another reader of the same shards."""
+        return self._bad_rows, self.bad
+
+    def note_left_out(self, others: Iterable[tuple[set[int], list[BadSample]]]) -> None:
+        """Note also what other readers, of other ranks, left out."""
+        for rows, bad in others:
+            self._bad_rows |= rows
+            self.bad += [entry for entry in bad if entry not in self.bad]
+        self._check_bad_fraction()
 
     def write_bad_samples(self, meta: Path) -> str:
         """The line that accounts for every sample, `kept 9987, skipped 13 (bad_samples.jsonl)`; the file lists the bad ones.

@@ -103,6 +103,11 @@ class Sequence:
     def __len__(self) -> int:
         return sum(len(segment) for segment in self.segments if segment.in_table)
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that may be judged."""
+        return sum(len(segment) for segment in self.segments if segment.role == Role.TARGET)
+
 
 Table = TypeVar("Table", bound="TensorTable")
 

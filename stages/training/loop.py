@@ -5,25 +5,31 @@ generator of `Progress`: what a callback framework would hook is the body of the
 
     for progress in fit(step, trainee, batches, phase, run, options, ...):
         if progress.due: validate and log
+
+Several ranks go through it in step: each has its part of a batch, and what could part them (a bad number, a signal, the clock) is agreed on.
 """
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
+from stages import ranks
 from stages.errors import GuardError, UsageError
 from stages.options import RunOptions
 from stages.recipe import Phase
 from stages.run import Run
 from stages.training.ema import EMA
 from stages.training.optim import build_optimizer, learning_rate
+from stages.training.parallel import Engine, StepResult, whole
 from stages.training.state import load_state, newest_state, save_state
 from stages.training.stream import stream_seed
 
@@ -45,17 +51,6 @@ class Batches(Protocol[ItemIn]):
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one step found: a loss for each named optimizer, numbers for the log, and how much it saw."""
-
-    losses: dict[str, Tensor]
-    log: dict[str, float | int | Tensor] = field(default_factory=dict)
-    samples: int = 0
-    tokens: int = 0
-    keys: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Progress:
     """One finished step. `due`: time to validate. `last`: the phase's last step, or the last of this launch."""
 
@@ -67,10 +62,11 @@ class Progress:
 
 @dataclass
 class Trainee(Generic[Item]):
-    """What learns: all modules whose weights belong to the state, and for each optimizer the parameters it moves."""
+    """What learns: all modules whose weights belong to the state, for each optimizer the parameters it moves, and how ranks share them."""
 
     modules: nn.Module
     learning: dict[str, list[tuple[str, nn.Parameter]]]
+    engine: Engine | None = None
 
 
 @dataclass
@@ -93,8 +89,10 @@ def deterministic() -> None:
 
 
 def resolve_device(name: str) -> torch.device:
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -128,7 +126,7 @@ def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Le
         run.cut_metrics(0)
         return Ledger(), None
     facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    for name, now in (("threads", torch.get_num_threads()), ("dtype", str(dtype))):
+    for name, now in (("threads", torch.get_num_threads()), ("dtype", str(dtype)), ("ranks", ranks.size())):
         if facts[name] != now:
             run.say(
                 f"warning: this run was made with {name} = {facts[name]}, it continues with {now}; the result will differ in the last bits"
@@ -160,6 +158,8 @@ def fit(
     loss or gradient is not finite (no optimizer ever moves on such a step), and what `run.raise_stop` raises on a signal.
     """
     started = time.monotonic() if started is None else started
+    engine = trainee.engine or Engine(trainee.modules)
+    engine.learn()
     optimizers: dict[str, torch.optim.Optimizer] = {name: build_optimizer(phase, named) for name, named in trainee.learning.items()}
     ema = EMA(trainee.learning["main"], phase.ema_decay) if phase.ema_decay is not None else None
     if resume_from is not None:
@@ -175,17 +175,19 @@ def fit(
     seconds_before, bad_in_a_row = ledger.seconds, 0
 
     def save() -> None:
-        facts = {**vars(ledger), "threads": torch.get_num_threads(), "dtype": str(dtype), "phase_name": phase.name}
+        made_with = {"threads": torch.get_num_threads(), "dtype": str(dtype), "ranks": ranks.size()}
+        facts = {**vars(ledger), **made_with, "phase_name": phase.name}
         save_state(run.out, trainee.modules, optimizers, ema, facts)
 
     while ledger.step < phase.steps:
         if options.max_steps is not None and ledger.total_step >= options.max_steps:
             return  # an earlier launch or an earlier phase came this far
-        generator = torch.Generator().manual_seed(stream_seed(options.seed, phase.name, "noise", ledger.step))
+        own = [ranks.rank()] if ranks.rank() else []  # every rank draws noise of its own, the first what it draws alone
+        generator = torch.Generator().manual_seed(stream_seed(options.seed, phase.name, "noise", ledger.step, *own))
         batch = batches.next_batch()
         rate = learning_rate(phase, ledger.step)
-        result = step(batch, generator)
-        norm = _update(result, optimizers, trainee, rate, phase.grad_clip)
+        result = engine.step(partial(step, batch, generator), trainee.learning)
+        norm = _update(result, optimizers, trainee.learning, engine, rate, phase.grad_clip)
         if norm is None:
             bad_in_a_row += 1
             _record_bad(run, ledger.total_step + 1, result)
@@ -199,21 +201,27 @@ def fit(
             if ema is not None:
                 ema.update(trainee.learning["main"])
         ledger.step, ledger.total_step = ledger.step + 1, ledger.total_step + 1
-        ledger.samples, ledger.tokens = ledger.samples + result.samples, ledger.tokens + result.tokens
-        ledger.position, ledger.seconds = batches.position, seconds_before + time.monotonic() - started
-        meter.add(result, norm)
         out_of_time = options.max_minutes is not None and time.monotonic() - started >= 60 * options.max_minutes
         out_of_steps = options.max_steps is not None and ledger.total_step >= options.max_steps
-        last = ledger.step == phase.steps or out_of_time or out_of_steps or run.stopping
+        save_due = time.monotonic() - last_save > SAVE_EVERY_SECONDS
+        numbers = numbers_of(result)
+        agreed = ranks.summed(
+            torch.tensor([result.samples, result.tokens, out_of_time, save_due, run.stopping, *numbers.values()], dtype=torch.float64)
+        ).tolist()
+        samples, tokens = map(int, agreed[:2])
+        out_of_time, save_due, stopping = map(bool, agreed[2:5])
+        numbers = {name: total / ranks.size() for name, total in zip(numbers, agreed[5:], strict=True)}
+        ledger.samples, ledger.tokens = ledger.samples + samples, ledger.tokens + tokens
+        ledger.position, ledger.seconds = batches.position, seconds_before + time.monotonic() - started
+        meter.add(numbers if norm is None else {**numbers, "grad_norm": norm}, samples, tokens)
+        last = ledger.step == phase.steps or out_of_time or out_of_steps or stopping
         if meter.due or last:
             meter.write(ledger, phase, rate, total)
         due = ledger.step % spacing == 0 or ledger.step == phase.steps
-        if not last and time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+        if last or save_due:
             save()
             last_save = time.monotonic()
-        if last:
-            save()
-        if run.stopping:
+        if stopping:
             run.raise_stop()
         yield Progress(ledger.step, phase.steps, due, last)
         if out_of_time or out_of_steps:
@@ -221,19 +229,31 @@ def fit(
     assert offset >= 0
 
 
+def numbers_of(result: StepResult) -> dict[str, float]:
+    """What one rank has for the log; every rank has the same names."""
+    losses = {"loss" if name == "main" else f"loss/{name}": loss for name, loss in result.losses.items()}
+    return {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in {**losses, **result.log}.items()}
+
+
 def _update(
-    result: StepResult, optimizers: Mapping[str, torch.optim.Optimizer], trainee: Trainee[Any], rate: float, clip: float
+    result: StepResult,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    learning: Mapping[str, list[tuple[str, nn.Parameter]]],
+    engine: Engine,
+    rate: float,
+    clip: float,
 ) -> float | None:
     """Backward, clip, step, for each optimizer; the gradient norm of `main`, or None (and nothing moved) if anything was not finite."""
     norms: dict[str, Tensor] = {}
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
+    bad = sum(not bool(torch.isfinite(loss)) for loss in result.losses.values())
+    if ranks.summed(torch.tensor(bad)):
+        return None
     for name, loss in result.losses.items():
-        parameters = [parameter for _, parameter in trainee.learning[name]]
-        if not bool(torch.isfinite(loss)):
-            return None
-        torch.autograd.backward(loss, inputs=parameters)  # one loss never leaves gradients in another's parameters
-        norms[name] = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        engine.backward(loss, [parameter for _, parameter in learning[name]])
+    for name in result.losses:
+        norms[name] = whole(nn.utils.clip_grad_norm_([parameter for _, parameter in learning[name]], clip, foreach=True))
         if not bool(torch.isfinite(norms[name])):
             return None
     for name in result.losses:
@@ -245,8 +265,13 @@ def _update(
 
 def _record_bad(run: Run, step: int, result: StepResult) -> None:
     values = {name: float(loss.detach()) for name, loss in result.losses.items()}
+    everywhere = ranks.gathered((values, result.keys))
+    values = {name: sum(theirs[name] for theirs, _ in everywhere) / len(everywhere) for name in values}
+    keys = [key for _, theirs in everywhere for key in theirs]
+    if run.rank != 0:
+        return
     with open(run.meta / "bad_batches.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "losses": {k: repr(v) for k, v in values.items()}, "keys": list(result.keys)}) + "\n")
+        file.write(json.dumps({"step": step, "losses": {k: repr(v) for k, v in values.items()}, "keys": keys}) + "\n")
     run.say(f"step {step}: a loss or gradient is not finite ({values}); this step moved nothing")
 
 
@@ -267,15 +292,11 @@ class _Meter:
     def due(self) -> bool:
         return time.monotonic() - self.start >= LOG_EVERY_SECONDS
 
-    def add(self, result: StepResult, norm: float | None) -> None:
-        numbers = {**{f"loss/{k}" if k != "main" else "loss": v for k, v in result.losses.items()}, **result.log}
-        if norm is not None:
-            numbers["grad_norm"] = norm
-        for name, value in numbers.items():
-            number = float(value.detach()) if isinstance(value, Tensor) else float(value)
+    def add(self, numbers: Mapping[str, float], samples: int, tokens: int) -> None:
+        for name, number in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
-        self.tokens, self.samples = self.tokens + result.tokens, self.samples + result.samples
+        self.tokens, self.samples = self.tokens + tokens, self.samples + samples
 
     def write(self, ledger: Ledger, phase: Phase, rate: float, total: int) -> None:
         seconds = max(1e-9, time.monotonic() - self.start)

@@ -1,23 +1,31 @@
 """Training state: everything a resume needs to continue to the same bits, and nothing else ever reads.
 
-state/step-00001000/ holds tensors (model.safetensors, optimizer.safetensors, ema.safetensors) and state.json, written under a
-temporary name and renamed, so that a folder with its final name is whole. The newest two are kept. No pickle anywhere.
+state/step-00001000/ holds tensors and state.json, written under a temporary name and renamed: a folder with its final name is whole.
+The newest two are kept. The tensors are written by torch's distributed checkpointing, each rank its own part, as safetensors (no pickle
+anywhere), so that a run may go on with another number of ranks, or with its weights in other shards.
 """
 
 import json
+import logging
 import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from stages import ranks
 from stages.errors import DataError
 from stages.files import replace_folder, write_atomic
-from stages.training.checkpoint import load_strict, read_weights, save_weights
 from stages.training.ema import EMA
 
 KEPT = 2
+Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def newest_state(out: Path) -> Path | None:
@@ -26,43 +34,78 @@ def newest_state(out: Path) -> Path | None:
     return max(whole, default=None)
 
 
-def save_state(out: Path, modules: nn.Module, optimizers: dict[str, torch.optim.Optimizer], ema: EMA | None, facts: dict[str, Any]) -> Path:
-    """Write state/step-N for facts["total_step"] = N."""
+def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA | None, facts: Mapping[str, Any]) -> Path:
+    """Write state/step-N for facts["total_step"] = N. Every rank calls it."""
     final = out / "state" / f"step-{facts['total_step']:08d}"
     partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(partial / "model.safetensors", modules.state_dict())
-    moments: dict[str, Tensor] = {}
+    if ranks.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.wait()
+    tensors = {f"model.{name}": value for name, value in modules.state_dict().items()}
     for name, optimizer in optimizers.items():
         for number, values in optimizer.state_dict()["state"].items():
-            moments |= {f"{name}.{number}.{key}": torch.as_tensor(value) for key, value in values.items()}
-    save_weights(partial / "optimizer.safetensors", moments)
+            tensors |= {f"optimizer.{name}.{number}.{kind}": torch.as_tensor(value) for kind, value in values.items()}
     if ema is not None:
-        save_weights(partial / "ema.safetensors", ema.average)
-    write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
-    replace_folder(partial, final)
-    for old in sorted(path for path in (out / "state").glob("step-*") if path.is_dir() and path != final)[: -(KEPT - 1) or None]:
-        shutil.rmtree(old)
+        tensors |= {f"ema.{name}": value for name, value in ema.average.items()}
+    with _quietly():
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
+    if ranks.rank() == 0:
+        write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
+        replace_folder(partial, final)
+        for old in sorted(path for path in (out / "state").glob("step-*") if path.is_dir() and path != final)[: -(KEPT - 1) or None]:
+            shutil.rmtree(old)
+    ranks.wait()
     return final
 
 
-def load_state(folder: Path, modules: nn.Module, optimizers: dict[str, torch.optim.Optimizer], ema: EMA | None) -> dict[str, Any]:
-    """Put weights, moments and average back; returns the facts."""
-    facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    load_strict(modules, read_weights(folder / "model.safetensors"), str(folder / "model.safetensors"))
-    moments = read_weights(folder / "optimizer.safetensors")
-    for name, optimizer in optimizers.items():
-        table = optimizer.state_dict()
-        table["state"] = {}
-        for key, value in moments.items():
-            owner, number, kind = key.split(".", 2)
-            if owner == name:
-                table["state"].setdefault(int(number), {})[kind] = value
-        optimizer.load_state_dict(table)
+def load_state(folder: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA | None) -> dict[str, Any]:
+    """Put weights, moments and average back, in whatever shards they now are; returns the facts. Every rank calls it.
+
+    Raises DataError for tensors that are damaged, missing, of another shape, or of other parameters than those that learn.
+    """
+    facts: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        entries = reader.read_metadata().state_dict_metadata
+        there = {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    except Exception as error:
+        raise DataError(
+            f"{folder}: cannot be read as safetensors ({error})", hint="remove it: the run goes on from the state before"
+        ) from None
+    tensors = {f"model.{name}": value for name, value in modules.state_dict().items()}
     if ema is not None:
-        average = read_weights(folder / "ema.safetensors")
-        if set(average) != set(ema.average):
-            raise DataError(f"{folder / 'ema.safetensors'}: averages of other parameters than the ones that learn")
-        ema.average, ema.updates = average, facts["ema_updates"]
+        tensors |= {f"ema.{name}": value for name, value in ema.average.items()}
+    moments: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in optimizers}
+    for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for key in there:
+            if key.startswith(f"optimizer.{name}."):
+                number, kind = key.removeprefix(f"optimizer.{name}.").split(".")
+                value = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[int(number)])
+                moments[name].setdefault(int(number), {})[kind] = tensors[key] = value
+    _check(folder, there, {name: tuple(value.shape) for name, value in tensors.items()})
+    with _quietly():
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size() == 1)
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments[name]})
+    if ema is not None:
+        ema.updates = facts["ema_updates"]
     return facts
+
+
+def _check(folder: Path, there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> None:
+    missing, unexpected = sorted(set(here) - set(there)), sorted(set(there) - set(here))
+    reshaped = sorted(f"{name} {there[name]}, expected {here[name]}" for name in set(here) & set(there) if here[name] != there[name])
+    if missing or unexpected or reshaped:
+        named = ", ".join([*reshaped, *missing, *unexpected][:6])
+        raise DataError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected, {len(reshaped)} reshaped: {named}")
+
+
+class _quietly(warnings.catch_warnings):
+    """torch remarks on every save without a process group, which is what one rank is."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", module="torch.distributed")
+        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

@@ -3,20 +3,23 @@ so a resume goes on at any position without replaying what came before."""
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards
-from stages.errors import DataError, GuardError
+from stages.errors import DataError, GuardError, UsageError
 from stages.recipe import Phase
 from stages.sequence.pack import pack
 from stages.sequence.plan import MissingField, Planner
-from stages.sequence.segment import Batch, Sequence
+from stages.sequence.segment import Batch, Role, Sequence
 
 DEFAULT_BATCH_TOKENS = 32768
+LOOK_AHEAD = 4  # sequences each rank plans before it tells the others how long they are
 IN_MEMORY = 256 * 1024**2  # bytes of decoded fields that are kept, so that an epoch decodes a sample once
 
 
@@ -25,66 +28,118 @@ def stream_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
-class Stream:
-    """Batches of one phase. `position` counts the samples consumed since its start, over epochs; setting it is all a resume needs."""
+@dataclass(frozen=True)
+class Planned:
+    """One place of the stream as every rank knows it, and the sequence where it is this rank's. `length` -1: the sample is bad."""
 
-    def __init__(self, shards: Shards, planner: Planner, phase: Phase, *, seed: int, limit: int | None = None) -> None:
+    length: int
+    targets: int
+    sequence: Sequence | None
+
+
+class Stream:
+    """Batches of one phase. `position` counts the samples consumed since its start, over epochs; setting it is all a resume needs.
+
+    Which samples make a batch does not depend on the number of ranks. Of several each plans its share, `position % ranks`, tells the
+    others how long its sequences are, and packs what is its own of the batch that all of them then see.
+    """
+
+    def __init__(
+        self, shards: Shards, planner: Planner, phase: Phase, *, seed: int, limit: int | None = None, shared: bool = False
+    ) -> None:
         self.shards, self.planner, self.phase, self.seed = shards, planner, phase, seed
         self.size = min(len(shards), limit or len(shards))
         if not self.size:
             raise DataError("there are no samples to train on")
         self.tasks = feasible_tasks(planner, phase.tasks, shards)
         self.fields = sorted(planner.fields_needed(self.tasks) & set(shards.fields))
-        self.position = 0
+        self.rank, self.ranks = (ranks.rank(), ranks.size()) if shared else (0, 1)
+        if phase.batch_size is not None and phase.batch_size % self.ranks:
+            raise not_shared(phase, self.ranks)
         self.too_long = 0
+        self._position = 0
+        self._ahead: deque[Planned] = deque()
         self._memory: dict[int, Sample] = {}
         self._memory_bytes = 0
         self._orders: dict[int, list[int]] = {}
 
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._position = position
+        self._ahead.clear()
+
     def next_batch(self) -> Batch:
-        """The next samples, planned and packed: `batch_size` samples, or as many as fit `batch_tokens`.
+        """The next samples, planned and packed: `batch_size` samples, or as many as fit `batch_tokens`; of several ranks, this one's.
 
         Raises GuardError where no token of a batch is supervised.
         """
-        sequences: list[Sequence] = []
-        tokens = 0
-        budget = self.phase.batch_tokens or DEFAULT_BATCH_TOKENS
-        skipped = 0
-        while len(sequences) < self.phase.batch_size if self.phase.batch_size else tokens < budget:
-            sequence = self._plan_next()
-            if self.phase.batch_size is None and len(sequence) > budget:
-                self.too_long, skipped = self.too_long + 1, skipped + 1
+        first = self._position
+        own: list[Sequence] = []
+        count = tokens = targets = skipped = 0
+        size, budget = self.phase.batch_size, self.phase.batch_tokens or DEFAULT_BATCH_TOKENS
+        while count < size if size else tokens < budget:
+            if not self._ahead:
+                self._look_ahead()
+            planned = self._ahead[0]
+            if not size and count and 0 <= planned.length <= budget < tokens + planned.length:
+                break  # it opens the next batch
+            self._ahead.popleft()
+            self._position += 1
+            if planned.length < 0 or (not size and planned.length > budget):
+                self.too_long, skipped = self.too_long + (planned.length >= 0), skipped + 1
                 if skipped > self.size:
-                    raise DataError(f"every sample is longer than a batch of {budget} tokens")
+                    what = f"longer than a batch of {budget} tokens" if self.too_long else "bad"
+                    raise DataError(f"every sample is {what}", hint=str(self.shards.bad[0]) if self.shards.bad else "")
                 continue
-            if self.phase.batch_size is None and sequences and tokens + len(sequence) > budget:
-                self.position -= 1  # it opens the next batch
-                break
-            sequences.append(sequence)
-            tokens += len(sequence)
-        batch = pack(sequences)
-        if batch.num_tokens and not batch.num_supervised:
+            count, tokens, targets = count + 1, tokens + planned.length, targets + planned.targets
+            if planned.sequence is not None:
+                own.append(planned.sequence)
+        batch = pack(own or [self._onlooker(first)])
+        if tokens and not targets:
             raise GuardError(
                 f"a batch without any supervised token: {', '.join(batch.keys[:4])} …", hint="no segment of its tasks is a target"
             )
         return batch
 
-    def _plan_next(self) -> Sequence:
-        epoch, place = divmod(self.position, self.size)
-        sample = self._sample(self._order(epoch)[place])
+    def _look_ahead(self) -> None:
+        """Plan the next places, each rank its own, and learn from the others how long theirs are."""
+        first = self._position + len(self._ahead)
+        places = range(first, first + (1 if self.ranks == 1 else self.ranks * LOOK_AHEAD))
+        plans = {place: self._plan(place) for place in places if place % self.ranks == self.rank}
+        sizes = torch.zeros(len(places), 2, dtype=torch.int64)
+        for place, sequence in plans.items():
+            sizes[place - first] = torch.tensor([len(sequence), sequence.num_targets] if sequence is not None else [-1, 0])
+        if self.ranks > 1:
+            ranks.summed(sizes)
+        for place, (length, targets) in zip(places, sizes.tolist(), strict=True):
+            self._ahead.append(Planned(length, targets, plans.get(place)))
+
+    def _onlooker(self, place: int) -> Sequence:
+        """For a rank that has no sample of a batch: the first of all, with nothing to learn from."""
+        sequence = next(found for place in range(place, place + self.size) if (found := self._plan(place)) is not None)
+        return replace(sequence, segments=tuple(replace(segment, role=Role.CONTEXT) for segment in sequence.segments))
+
+    def _plan(self, place: int) -> Sequence | None:
+        """The sequence of one place of the stream, a function of (index, seed, place) alone; None where the sample is bad."""
+        epoch, number = divmod(place, self.size)
+        sample = self._sample(self._order(epoch)[number])
+        if sample is None:
+            return None
         rng = random.Random(stream_seed(self.seed, self.phase.name, epoch, sample.key))
         self.planner.at_epoch(epoch)
-        sequence = self.planner.plan(sample, self._task(rng), rng)
+        sequence = self.planner.plan(sample, self._task(rng, place), rng)
         if self.phase.mix == "every-step":
-            weight = self.phase.tasks[sequence.task]
-            sequence = reweighted(sequence, weight)
-        self.position += 1
+            sequence = reweighted(sequence, self.phase.tasks[sequence.task])
         return sequence
 
-    def _task(self, rng: random.Random) -> str:
+    def _task(self, rng: random.Random, place: int) -> str:
         names = list(self.tasks)
         if self.phase.mix == "every-step":
-            return names[self.position % len(names)]
+            return names[place % len(names)]
         return rng.choices(names, weights=[self.tasks[name] for name in names])[0]
 
     def _order(self, epoch: int) -> list[int]:
@@ -93,15 +148,25 @@ class Stream:
             self._orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
         return self._orders[epoch]
 
-    def _sample(self, number: int) -> Sample:
+    def _sample(self, number: int) -> Sample | None:
         if number in self._memory:
             return self._memory[number]
-        sample = self.shards.read(number, fields=self.fields)
+        sample = self.shards.read_or_skip(number, fields=self.fields)
+        if sample is None:
+            return None
         size = sum(getattr(value, "nbytes", 200) for value in sample.fields.values())
         if self._memory_bytes + size <= IN_MEMORY:
             self._memory[number] = sample
             self._memory_bytes += size
         return sample
+
+
+def not_shared(phase: Phase, count: int) -> UsageError:
+    assert phase.batch_size is not None
+    return UsageError(
+        f"phases.{phase.name}.batch_size = {phase.batch_size} cannot be shared equally by {count} ranks",
+        hint=f"--set phases.{phase.name}.batch_size={-(-phase.batch_size // count) * count}",
+    )
 
 
 def reweighted(sequence: Sequence, weight: float) -> Sequence:
@@ -126,4 +191,4 @@ def feasible_tasks(planner: Planner, tasks: Mapping[str, float], shards: Shards)
 
 
 def unused_tasks(planner: Planner, tasks: Mapping[str, float], shards: Shards) -> list[str]:
-    return [name for name in tasks if name not in feasible_tasks(planner, tasks, shards)]
+    return [name for name, weight in tasks.items() if weight > 0 and name not in feasible_tasks(planner, tasks, shards)]

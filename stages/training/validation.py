@@ -26,7 +26,7 @@ class Validation:
         training = [module for module in model.modules() if module.training]
         model.eval()
         totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        counts: dict[str, float] = {}
         for number, batch in enumerate(self.batches):
             generator = torch.Generator().manual_seed(stream_seed(self.seed, "validation noise", number))
             for name, loss in model.losses(batch.to(device), generator).items():

@@ -2,14 +2,12 @@ import io
 import json
 import tarfile
 
-import numpy as np
 import pytest
 import webdataset
 
 from stages.data import locate
 from stages.data.index import META
-from stages.data.sample import Sample
-from stages.data.shards import ShardWriter, open_shards, stream_shards, write_stream
+from stages.data.shards import open_shards, stream_shards
 from stages.data.stream import receive_stream
 from stages.data.tar_format import END_OF_ARCHIVE, member_bytes
 from stages.errors import DataError
@@ -121,14 +119,3 @@ def test_an_indexed_foreign_folder_arrives_with_its_own_padding(tmp_path):
     stream_shards(tmp_path / "theirs", stream)
     stream.seek(0)
     assert bytes_of(receive_stream(stream, tmp_path / "spool")) == bytes_of(tmp_path / "theirs")
-
-
-def test_samples_are_streamed_as_they_would_be_written(tmp_path):
-    samples = [Sample(f"k{number}", {"x.latents": np.full((2, 3), number, np.float32)}) for number in range(5)]
-    stream = io.BytesIO()
-    write_stream(samples, stream, name="other", provenance={"n": 5})
-    stream.seek(0)
-    with ShardWriter(tmp_path / "written", name="other", provenance={"n": 5}) as writer:
-        for sample in samples:
-            writer.write(sample)
-    assert bytes_of(receive_stream(stream, tmp_path / "spool")) == bytes_of(tmp_path / "written")

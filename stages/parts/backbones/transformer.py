@@ -181,10 +181,12 @@ class Routing:
         """One function, of which each expert may have its own copy, applied to tokens in expert order."""
         if len(copies) == 1:
             return copies[0](x)
-        if self.only is not None:
+        if self.only is None:
+            return torch.cat([copy(chunk) for copy, chunk in zip(copies, x.split(self.counts), strict=True)])
+        if not torch.is_grad_enabled():
             return copies[self.only](x)
-        chunks = zip(copies, x.split(self.counts), strict=True)
-        return torch.cat([copy(chunk) for copy, chunk in chunks if len(chunk)])
+        # while training every expert runs, also on no token: ranks average the gradients of the same weights
+        return torch.cat([copy(x if expert == self.only else x[:0]) for expert, copy in enumerate(copies)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +280,10 @@ class Transformer(nn.Module):
             self.copy_expert(self.config.experts[0])
         if self.shared is not None:
             self.shared.init_weights(generator)
+
+    def shard_units(self) -> list[list[nn.Module]]:
+        """What is put together when it runs, where weights are kept in shards: the modules of one layer, of all experts."""
+        return [[copy for copies in layer.values() for copy in copies if isinstance(copy, nn.Module)] for layer in self._layers]
 
     def copy_expert(self, source: str) -> None:
         """Every other expert starts from the weights of `source` (LMFusion, BAGEL)."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from stages import ranks
 from stages.parts.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
 
 USAGE_DECAY = 0.99  # of the running counts, when the codebook itself is learned by gradient
@@ -96,11 +97,12 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def _follow(self, rows: Tensor, codes: Tensor, chosen: Tensor, generator: Generator | None) -> None:
-        """Update the running counts, an EMA codebook, and codes that have died, from the (n, d) latents of one step."""
+        """Update the running counts, an EMA codebook, and codes that have died, from the (n, d) latents of one step, on all ranks."""
+        size, decay = self.codebook_size, self.config.decay or USAGE_DECAY
+        rows, codes, chosen = ranks.gathered_rows(rows), ranks.gathered_rows(codes), ranks.gathered_rows(chosen)
+        won = torch.zeros(size, device=rows.device).index_add_(0, codes, torch.ones(len(codes), device=rows.device))
         if not torch.isfinite(rows).all():
             return  # the step will be refused; the codebook must not have learned from it
-        size, decay = self.codebook_size, self.config.decay or USAGE_DECAY
-        won = torch.zeros(size, device=rows.device).index_add_(0, codes, torch.ones(len(codes), device=rows.device))
         self.counts.lerp_(won, 1 - decay)
         if self.config.decay:
             self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, rows), 1 - decay)
@@ -116,6 +118,7 @@ class VQ(Quantizer):
             dead = (self.counts < self.config.revive * fair).unsqueeze(1)
             badness = (rows - chosen).square().sum(1) + 1e-12
             drawn = torch.multinomial(badness.to(generator.device), size, replacement=True, generator=generator)
+            drawn = ranks.from_first(drawn)
             seeds = rows.index_select(0, drawn.to(rows.device))
             self.codebook.copy_(torch.where(dead, seeds, self.codebook))
             self.counts.copy_(torch.where(dead.squeeze(1), fair, self.counts))

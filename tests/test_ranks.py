@@ -1,0 +1,228 @@
+"""Several ranks train what one would: the same batches, the same weights, stopped and continued by any number of them."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from worlds import make_world, mixed_recipe, sample_of
+
+from stages.data.sample import Sample
+from stages.data.shards import ShardWriter
+from stages.recipe import Recipe, load_recipe
+from stages.training.checkpoint import read_weights
+
+PROGRAM = Path(__file__).parent / "ranks_program.py"
+NUM_SAMPLES = 11  # not a multiple of anything
+NUM_PROMPTS = 70  # more than are answered together
+STEPS = 6
+# next-token prediction draws no noise, so that nothing but the order of sums may differ between numbers of ranks
+PLAIN = (
+    'ports.codes.objective={ kind = "next-token" }',
+    'sample.codes={ sampler = "autoregressive" }',
+    "phases.joint.tasks={ draw = 1.0, answer = 1.0, paint = 0.0 }",
+)
+FILLED = ("phases=[{ name='joint', stage='train-unified', tasks={ draw = 1.0, answer = 1.0 }, steps=6, batch_tokens=62, lr=1e-3 }]",)
+PHASES = """phases=[
+  {name="first", stage="train-unified", tasks={draw=1.0}, steps=3, batch_size=4, lr=1e-3, ema_decay=0.5},
+  {name="second", stage="train-unified", tasks={answer=1.0, paint=1.0}, steps=3, batch_size=4, lr=1e-3, frozen=["backbones.lm.experts.words"]},
+]""".replace("\n", "")
+
+
+@dataclass
+class Jobs:
+    """A list of things for ranks to do, each in a folder of its own."""
+
+    folder: Path
+    shards: Path
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+
+    def train(self, name: str, *sets: str, **options: Any) -> None:
+        recipe = mixed_recipe(f"phases.joint.steps={STEPS}", "phases.joint.batch_size=4", *sets)
+        self.add(name, recipe, self.shards, **options)
+
+    def add(self, name: str, recipe: Recipe, shards: Path, stage: str = "train-unified", **options: Any) -> None:
+        out = self.folder / name / "out"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = out.parent / "tests" / "test.toml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(recipe.to_toml())
+        self.jobs.append({"recipe": str(file), "shards": str(shards), "out": str(out), "stage": stage, "options": options})
+
+    def call(self, name: str, stage: str, target: Path, shards: Path, **options: Any) -> None:
+        """A stage that writes shards or scores: `target` is its tokenizer or its model."""
+        out = self.folder / name / "out"
+        self.jobs.append({"stage": stage, "target": str(target), "shards": str(shards), "out": str(out), "options": options})
+
+    def run(self, ranks: int) -> None:
+        """All jobs added so far, by that many ranks."""
+        plan = self.folder / f"jobs-{ranks}.json"
+        plan.write_text(json.dumps(self.jobs))
+        self.jobs = []
+        command = [sys.executable, str(PROGRAM), str(plan)]
+        if ranks > 1:
+            command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        paths = os.pathsep.join([str(PROGRAM.parent), str(PROGRAM.parent.parent)])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        return read_weights(self.folder / name / "out" / "model.safetensors")
+
+    def batches(self, name: str) -> list[list[str]]:
+        """The keys of each batch in the order of the stream, those of all ranks together; a batch that was made again counts once."""
+        found: dict[int, dict[int, list[str]]] = {}
+        for file in sorted((self.folder / name).glob("batches-*.jsonl")):
+            for line in file.read_text().splitlines():
+                start, keys = json.loads(line)
+                found.setdefault(start, {})[int(file.stem.split("-")[1])] = keys
+        return [sorted(chain.from_iterable(parts.values())) for _, parts in sorted(found.items())]
+
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in (self.folder / name / "out" / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def close(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.allclose(first[name], second[name], atol=2e-5, rtol=1e-4) for name in first)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def pictures(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, split="train", samples_per_shard=7) as writer:
+        for number in range(24):
+            writer.write(Sample(f"{number:03d}", {"image": rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)}))
+    return folder
+
+
+def asked(number: int) -> dict[str, str]:
+    return {"question": "how many?", "answer": str(number), "type": "count"}
+
+
+def codebook_recipe() -> Recipe:
+    sets = [
+        "phases.train.steps=5",
+        "phases.train.batch_size=8",
+        "phases.train.warmup_steps=0",
+        "autoencoders.vq.quantizer.codebook_size=16",
+    ]
+    return load_recipe("vqgan", size="tiny", sets=sets)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Everything the tests below look at, made by one rank, by two, and by one again."""
+    folder = tmp_path_factory.mktemp("ranks with ünicode")
+    world = make_world(folder / "world", mixed_recipe(), [sample_of(number) for number in range(NUM_SAMPLES)])
+    jobs = Jobs(folder, world.shards)
+    images = pictures(folder / "pictures")
+    prompts = make_world(
+        folder / "prompts", mixed_recipe(), [sample_of(number, qa=[asked(number)]) for number in range(NUM_PROMPTS)]
+    ).shards
+    jobs.train("alone", *PLAIN)
+    jobs.train("alone filled", *FILLED, *PLAIN[:2])
+    jobs.train("alone phases", PHASES)
+    jobs.train("one then two", *PLAIN, max_steps=2)
+    jobs.add("alone codebook", codebook_recipe(), images, "pretrain-tokenizer")
+    jobs.call("alone tokens", "tokenize", folder / "alone codebook" / "out", images)
+    jobs.call("alone samples", "sample", folder / "alone phases" / "out", prompts)
+    jobs.call("alone scores", "eval", folder / "alone phases" / "out", prompts)
+    jobs.run(1)
+    jobs.train("ddp", *PLAIN)
+    jobs.train("fsdp", *PLAIN, parallel="fsdp")
+    jobs.train("ddp filled", *FILLED, *PLAIN[:2])
+    jobs.train("ddp phases", PHASES)
+    jobs.train("fsdp phases", PHASES, parallel="fsdp")
+    jobs.train("fsdp then ddp phases", PHASES, parallel="fsdp", max_steps=4)
+    jobs.train("fsdp then ddp phases", PHASES)
+    jobs.train("one then two", *PLAIN, max_steps=4)
+    jobs.train("everything", "phases.joint.ema_decay=0.8")
+    jobs.train("everything twice", "phases.joint.ema_decay=0.8", max_steps=2)
+    jobs.train("everything twice", "phases.joint.ema_decay=0.8", max_steps=3)
+    jobs.train("everything twice", "phases.joint.ema_decay=0.8")
+    jobs.add("two codebook", codebook_recipe(), images, "pretrain-tokenizer")
+    jobs.call("two tokens", "tokenize", folder / "alone codebook" / "out", images)
+    jobs.call("two samples", "sample", folder / "alone phases" / "out", prompts)
+    jobs.call("two scores", "eval", folder / "alone phases" / "out", prompts)
+    jobs.run(2)
+    jobs.train("one then two", *PLAIN)
+    jobs.run(1)
+    return jobs
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_ranks_see_the_batches_of_one_and_learn_its_weights(done: Jobs, name: str) -> None:
+    assert done.batches(name) == done.batches("alone")
+    assert len(done.batches(name)) == STEPS
+    assert close(done.weights(name), done.weights("alone"))
+    assert done.losses(name)[-1] == pytest.approx(done.losses("alone")[-1], abs=1e-4)
+
+
+def test_batches_are_filled_as_one_rank_would_fill_them(done: Jobs) -> None:
+    """Also where a batch holds fewer samples than there are ranks."""
+    assert {len(keys) for keys in done.batches("alone filled")} >= {1, 2}
+    found, expected = done.batches("ddp filled"), done.batches("alone filled")
+    # a rank without a sample of a batch looks on at its first one, which is then named twice
+    assert [sorted(set(keys)) for keys in found] == expected
+    assert close(done.weights("ddp filled"), done.weights("alone filled"))
+
+
+def test_phases_freeze_and_average_in_shards_as_they_do_whole(done: Jobs) -> None:
+    assert done.batches("ddp phases") == done.batches("fsdp phases") == done.batches("alone phases")
+    assert close(done.weights("fsdp phases"), done.weights("ddp phases"))
+
+
+def test_a_run_in_shards_goes_on_whole(done: Jobs) -> None:
+    assert close(done.weights("fsdp then ddp phases"), done.weights("ddp phases"))
+
+
+def test_a_run_continued_by_another_number_of_ranks_keeps_its_order(done: Jobs) -> None:
+    """Two steps by one rank, two by two, two by one."""
+    assert done.batches("one then two") == done.batches("alone")
+    assert close(done.weights("one then two"), done.weights("alone"))
+
+
+def test_stopped_twice_two_ranks_go_on_to_the_same_bits(done: Jobs) -> None:
+    """Noise, dropped conditions, moving average and all."""
+    assert same(done.weights("everything twice"), done.weights("everything"))
+    assert done.batches("everything twice") == done.batches("everything")
+
+
+def test_the_codebook_of_two_ranks_is_that_of_one(done: Jobs) -> None:
+    one, two = done.weights("alone codebook"), done.weights("two codebook")
+    codebook = next(name for name in one if name.endswith("codebook"))
+    assert len(one[codebook].unique(dim=0)) > 8  # it follows the latents, and moves dead codes
+    torch.testing.assert_close(two[codebook], one[codebook], atol=2e-4, rtol=1e-3)
+    assert done.batches("two codebook") == done.batches("alone codebook")
+
+
+@pytest.mark.parametrize("what", ["tokens", "samples"])
+def test_two_ranks_write_the_tars_of_one(done: Jobs, what: str) -> None:
+    """Byte by byte, with the index."""
+
+    def written(name: str) -> dict[str, bytes]:
+        out = done.folder / name / "out"
+        return {str(path.relative_to(out)): path.read_bytes() for path in [*out.rglob("*.tar"), *out.rglob("shardindex.json")]}
+
+    one, two = written(f"alone {what}"), written(f"two {what}")
+    assert len(one) >= 3  # several tars: there was work to share
+    assert two == one
+
+
+def test_two_ranks_score_as_one(done: Jobs) -> None:
+    one, two = (json.loads((done.folder / f"{who} scores" / "out" / "results.json").read_text()) for who in ("alone", "two"))
+    assert len(one["results"]) > 4
+    assert two["results"] == one["results"]
