@@ -19,7 +19,7 @@ from stages.data.importers import IMPORTERS
 from stages.data.importers.raw import BadFile, RawData
 from stages.data.index import META, read_index
 from stages.data.sample import Sample
-from stages.data.shards import ON_BAD_SAMPLE, ShardWriter, stream_shards
+from stages.data.shards import ON_BAD_SAMPLE, ShardWriter, finished_set, stream_shards
 from stages.errors import DataError, UsageError, nearest
 from stages.files import write_atomic
 from stages.options import RunOptions
@@ -96,7 +96,7 @@ def _write_split(run: Run, split: str, samples: Iterable[Sample | BadFile], orig
     """Write one split, unless an earlier launch of this run has."""
     folder, options = run.out / split, run.options
     bad_path = folder / META / BAD_SAMPLES
-    if finished := read_index(folder):
+    if finished := finished_set(folder):
         skipped = len(bad_path.read_text("utf-8").splitlines()) if bad_path.exists() else 0
         return Written(sum(entry.nsamples for entry in finished.shardlist), skipped, tuple(finished.fields))
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from stages import ranks
-from stages.data.index import META, checked_index, read_index
+from stages.data.index import META, checked_index
 from stages.data.sample import IMAGE_FORMATS, Sample
-from stages.data.shards import Shards, ShardWriter, open_shards, split_folders, stream_shards
+from stages.data.shards import Shards, ShardWriter, finished_set, open_shards, split_folders, stream_shards
 from stages.data.stream import spool_folder
 from stages.errors import DataError, UsageError
 from stages.files import write_atomic
@@ -146,7 +146,7 @@ def plan_outputs(loaded: Sequence[Loaded], shards: Shards) -> dict[str, tuple[Lo
 
 def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split: str, run: Run, options: RunOptions) -> int:
     """Write one split, unless an earlier launch of this run has; returns how many samples it has."""
-    finished = read_index(folder)
+    finished = finished_set(folder)
     if finished is not None:
         return sum(entry.nsamples for entry in finished.shardlist)
     plan, before = plan_outputs(loaded, data), data.fields

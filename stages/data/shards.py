@@ -54,7 +54,7 @@ class ShardWriter:
     `<name>-<first 8 of the fingerprint>`, as in `Shards.tokenizers`. provenance: where the samples come from, kept in the index.
 
     After an exception the whole tars stay. A new writer for the same folder starts afresh, or with `resume` goes on: the stage then
-    skips the `num_written` samples that are there already. `overwrite` removes a finished set, of what mmgen wrote only.
+    skips the `num_written` samples that are there already (all of them where the set is `finished`). `overwrite` removes a finished set, of what mmgen wrote only.
 
     A stage that can say which input makes which tar asks for its `parts` instead. Then ranks share the work: each writes tars of its
     own, and when all have come to `wait` the first of them makes the index. What comes out does not depend on how many they are.
@@ -90,6 +90,7 @@ class ShardWriter:
         self.tokenizers = dict(tokenizers or {})
         self.overwrite, self.resume = overwrite, resume
         self.rank, self.ranks, self.wait = rank, ranks, wait
+        self.finished = False  # an earlier launch wrote the whole set: there is nothing left to do
         self.written: set[str] = set()  # the tars that are there
         self.num_written = 0
         self._number = 0  # of the tar being written
@@ -105,6 +106,12 @@ class ShardWriter:
         self._buffered = 0
 
     def __enter__(self) -> Self:
+        finished = finished_set(self.out) if self.resume else None
+        if finished is not None:
+            self.finished = True
+            self.written = {entry.name for entry in finished.shardlist}
+            self.num_written = sum(entry.nsamples for entry in finished.shardlist)
+            return self
         if self.rank == 0:
             self._prepare()
         self.wait()
@@ -152,7 +159,7 @@ class ShardWriter:
 
         Inputs that turn out to be bad leave their tar shorter, or out.
         """
-        for number, start in enumerate(range(0, count, per_tar)):
+        for number, start in enumerate(range(0, 0 if self.finished else count, per_tar)):
             self._number = number
             if number % self.ranks == self.rank and self._tar_name() not in self.written:
                 yield range(start, min(start + per_tar, count))
@@ -246,6 +253,8 @@ class ShardWriter:
                 self._file.close()
                 (self._unfinished / f"{self._tar_name()}.part").unlink(missing_ok=True)
             return
+        if self.finished:
+            return
         if self._keys:
             self._finish_tar()
         self.wait()
@@ -285,6 +294,14 @@ class ShardWriter:
             provenance=self.provenance,
         ).write(self.out)
         shutil.rmtree(self._unfinished)
+
+
+def finished_set(folder: Path) -> ShardIndex | None:
+    """The index of a set that was written to its end, None before that. What a kill right after the index left behind is cleared away."""
+    index = read_index(folder)
+    if index is not None:
+        shutil.rmtree(folder / META / UNFINISHED, ignore_errors=True)
+    return index
 
 
 def _is_whole(path: Path, entry: ShardEntry) -> bool:

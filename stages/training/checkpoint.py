@@ -81,7 +81,7 @@ def save_checkpoint(
     }
     write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_atomic(out / "recipe.toml", recipe.to_toml())
-    write_atomic(out / "README.md", card or model_card(recipe, config, str(out)))
+    write_atomic(out / "README.md", card or model_card(recipe, config, out.resolve().name))
 
 
 def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
