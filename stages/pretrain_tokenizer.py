@@ -27,13 +27,14 @@ from stages.options import RunOptions
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLAutoencoder
 from stages.parts.objectives.reconstruction import Reconstruct, ReconstructionConfig
+from stages.parts.quantizers import Quantizer
 from stages.parts.tokenizers import texts_of
 from stages.parts.views.square import to_pixels
 from stages.recipe import Phase, Port, Recipe
 from stages.run import Run
 from stages.training.checkpoint import save_checkpoint
 from stages.training.ema import EMA
-from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
+from stages.training.loop import Progress, StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
 from stages.training.stream import not_shared, stream_seed
 
 IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are decoded again every epoch
@@ -333,6 +334,7 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
             if found.discriminator is not None:
                 losses["discriminator"] = found.discriminator
             log: dict[str, float | int | Tensor] = {f"loss/{name}": value for name, value in found.parts.items() if name not in losses}
+            log |= {f"codebook/{name}": value for name, value in codebook_health(autoencoder).items()}
             return StepResult(losses, log, samples=len(batch.keys), keys=batch.keys)
 
         pictures.phase = phase
@@ -351,6 +353,7 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
             ema_sink=average.append,
             all_steps=all_steps,
         ):
+            check_codebook(recipe, plan.autoencoder, autoencoder, progress)
             if progress.due and not progress.last:
                 quick = measure(autoencoder, held_out, NUM_QUICK, device)
                 run.log(step=ledger.total_step, phase=phase.name, **{f"val/{name}": value for name, value in quick.items()})
@@ -380,6 +383,22 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
     save_checkpoint(run.out, recipe, tensors, facts=facts)
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items() if name != "codes")
     run.finish("stopped" if stopped else "done", f"{ledger.total_step} of {all_steps} steps; {shown}")
+
+
+def codebook_health(autoencoder: Autoencoder) -> dict[str, float]:
+    quantizer = getattr(autoencoder, "quantizer", None)
+    return quantizer.health() if isinstance(quantizer, Quantizer) else {}
+
+
+def check_codebook(recipe: Recipe, name: str, autoencoder: Autoencoder, progress: Progress) -> None:
+    """Stop where the codebook has died, if the recipe says what dying is. Looked at when validation is due, a codebook needs time to spread."""
+    least = getattr(getattr(recipe.autoencoders[name], "quantizer", None), "min_perplexity", 0.0)
+    found = codebook_health(autoencoder).get("perplexity")
+    if progress.due and found is not None and found < least:
+        raise GuardError(
+            f"step {progress.step}: the codebook has a perplexity of {found:.2f}, autoencoders.{name}.quantizer.min_perplexity is {least:g}",
+            hint="revive = 0.03 moves more codes, decay = 0.99 makes the codebook follow",
+        )
 
 
 @torch.no_grad()

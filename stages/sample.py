@@ -179,7 +179,7 @@ class Writer:
                 raise UsageError(f"--task {task}: recipe '{self.recipe.name}' has no such task", hint=nearest(task, self.recipe.tasks))
         stores = [f".{autoencoder.store}" for autoencoder in self.recipe.autoencoders.values()]
         fields = fields | {name.removesuffix(store) for name in fields for store in stores if name.endswith(store)}  # codes will do
-        learned = {task for phase in self.recipe.phases for task in phase.tasks}
+        learned = {task for phase in self.recipe.phases for task, weight in phase.tasks.items() if weight > 0}
         candidates = self.asked or [name for name in self.recipe.tasks if name in learned and self.writes(name)]
         self.tasks = []
         for name in candidates:

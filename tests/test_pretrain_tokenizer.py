@@ -241,3 +241,17 @@ def test_one_text_tokenizer_serves_every_shipped_recipe(size: str) -> None:
     for name in recipe_names():
         for config in load_recipe(name, size=size).tokenizers.values():
             assert set(config.special) <= set(bpe.special), name
+
+
+def test_every_line_of_the_log_says_how_the_codebook_is(shards: Path, tmp_path: Path) -> None:
+    out = pretrain_tokenizer(recipe("vqgan"), str(shards), tmp_path / "out", QUIET)
+    lines = [line for line in metrics(out) if "loss" in line]
+    assert lines
+    assert all(1 <= line["codebook/perplexity"] <= 64 and 0 <= line["codebook/dead"] <= 64 for line in lines)
+
+
+def test_a_codebook_below_what_the_recipe_asks_stops_the_run(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(GuardError, match=r"perplexity of .*min_perplexity is 65") as raised:
+        pretrain_tokenizer(recipe("vqgan", **{"autoencoders.vq.quantizer.min_perplexity": 65}), str(shards), tmp_path / "out", QUIET)
+    assert raised.value.exit_code == 4
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"

@@ -58,7 +58,7 @@ def translated(ours: nn.Module, config: ConvolutionalConfig) -> dict[str, Tensor
     }  # fmt: skip
     weights = {}
     for name, value in ours.state_dict().items():
-        if name in ("latent_shift", "latent_scale"):
+        if name in ("latent_shift", "latent_scale", "quantizer.counts"):  # what only training keeps
             continue
         if matched := re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.*)", name):
             part, number, rest = matched.groups()

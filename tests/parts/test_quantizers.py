@@ -11,11 +11,11 @@ from stages.parts.quantizers import QUANTIZERS, VQConfig
 from stages.parts.quantizers.vq import VQ, nearest_codes
 
 CONFIGS = {
-    "gradient": VQConfig(codebook_size=11, codebook_dim=6),
-    "ema": VQConfig(codebook_size=11, codebook_dim=6, decay=0.9),
+    "gradient": VQConfig(codebook_size=11, codebook_dim=6, revive=0),
+    "ema": VQConfig(codebook_size=11, codebook_dim=6, decay=0.9, revive=0),
     "ema-revive": VQConfig(codebook_size=11, codebook_dim=6, decay=0.9, revive=0.1),
-    "l2": VQConfig(codebook_size=11, codebook_dim=4, l2_normalize=True),
-    "l2-ema": VQConfig(codebook_size=11, codebook_dim=4, l2_normalize=True, decay=0.9),
+    "l2": VQConfig(codebook_size=11, codebook_dim=4, l2_normalize=True, revive=0),
+    "l2-ema": VQConfig(codebook_size=11, codebook_dim=4, l2_normalize=True, decay=0.9, revive=0),
 }
 
 
@@ -34,7 +34,7 @@ def built(name: str, in_dim: int = 5) -> VQ:
 
 def bare(**keys: object) -> VQ:
     """A quantizer whose projections are the identity, so that its codebook lives among the latents."""
-    config = VQConfig(**keys)  # type: ignore[arg-type]
+    config = VQConfig(**{"revive": 0, **keys})  # type: ignore[arg-type]
     quantizer = config.build(config.codebook_dim)
     quantizer.project_in = quantizer.project_out = nn.Identity()  # type: ignore[assignment]
     return quantizer
@@ -237,3 +237,11 @@ def test_agrees_with_vector_quantize_pytorch(l2: bool, decay: float) -> None:
         torch.testing.assert_close(result.quantized, quantized, atol=1e-5, rtol=1e-4)
     if decay:
         torch.testing.assert_close(ours.codebook, theirs._codebook.embed[0], atol=1e-4, rtol=1e-4)
+
+
+def test_health_counts_what_was_won() -> None:
+    """Two of four codes win everything, three times to one: the perplexity is that of (3/4, 1/4), two codes are dead."""
+    quantizer = VQConfig(codebook_size=4, codebook_dim=2, revive=0).build(2)
+    quantizer.counts.copy_(torch.tensor([30.0, 0.0, 10.0, 0.0]))
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert quantizer.health() == {"perplexity": pytest.approx(expected), "dead": 2.0}

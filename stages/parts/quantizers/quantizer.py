@@ -41,3 +41,7 @@ class Quantizer(nn.Module):
     def lookup(self, codes: Tensor) -> Tensor:
         """(b, h, w) codes → (b, d, h, w) latents."""
         raise NotImplementedError
+
+    def health(self) -> dict[str, float]:
+        """What lately was used of the codebook: its `perplexity`, and how many codes are `dead`. Nothing where nothing is counted."""
+        return {}

@@ -3,7 +3,7 @@
 Gradients pass straight through to the encoder. The codebook learns either by gradient (`decay = 0`: the codebook loss pulls each
 code to its latents) or as the running mean of the latents it won (`decay` > 0, exact k-means in the limit). The commitment loss
 pulls latents to their code. Published code disagrees about where the factor 0.25 belongs: here, as in the paper, it weights the
-commitment. With `revive`, codes that win less than that fraction of their fair share are moved onto latents of the batch that are
+commitment. With `revive` (on unless it is 0), codes that win less than that fraction of their fair share are moved onto latents of the batch that are
 badly served, drawn in proportion to their squared distance as k-means++ draws its seeds; counts start at zero, so the first batches
 place the whole codebook.
 
@@ -34,7 +34,8 @@ class VQConfig(QuantizerConfig):
     commitment_weight: float = Field(default=0.25, ge=0)
     decay: float = Field(default=0.0, ge=0, lt=1)
     l2_normalize: bool = False
-    revive: float = Field(default=0.0, ge=0, lt=1)
+    revive: float = Field(default=0.01, ge=0, lt=1)
+    min_perplexity: float = Field(default=0.0, ge=0)  # training stops where the codebook falls below
 
     @property
     def size(self) -> int:
@@ -64,8 +65,7 @@ class VQ(Quantizer):
             self.register_buffer("sums", torch.zeros(size, dim))  # running sum of the latents each code won
         else:
             self.codebook = nn.Parameter(codebook)
-        if config.decay or config.revive:
-            self.register_buffer("counts", torch.zeros(size))  # running number of latents each code won in a step
+        self.register_buffer("counts", torch.zeros(size))  # running number of latents each code won in a step
 
     def codes_to_use(self) -> Tensor:
         """(k, d) codebook as compared and looked up: of unit length when l2_normalize."""
@@ -86,7 +86,7 @@ class VQ(Quantizer):
                 losses["codebook"] = F.mse_loss(chosen, rows.detach())
             # `rows - rows` is exactly zero, so the value is the code's and the gradient is the identity
             straight = chosen.detach() + (rows - rows.detach())
-            if self.training and (self.config.decay or self.config.revive):
+            if self.training:
                 self._follow(rows.detach(), codes, chosen.detach(), generator)
             quantized = self.project_out(straight.view(b, h, w, d).permute(0, 3, 1, 2))
         return Quantized(quantized, codes.view(b, h, w), losses)
@@ -94,6 +94,12 @@ class VQ(Quantizer):
     def lookup(self, codes: Tensor) -> Tensor:
         with torch.autocast(codes.device.type, enabled=False):
             return self.project_out(F.embedding(codes, self.codes_to_use()).permute(0, 3, 1, 2))
+
+    def health(self) -> dict[str, float]:
+        """Dead are codes that win less than 1 % of a fair share. Both are of running counts, over some hundred steps."""
+        share = self.counts / self.counts.sum().clamp(min=1e-12)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        return {"perplexity": float(entropy.exp()), "dead": float((share * self.codebook_size < 0.01).sum())}
 
     @torch.no_grad()
     def _follow(self, rows: Tensor, codes: Tensor, chosen: Tensor, generator: Generator | None) -> None:
