@@ -1,10 +1,11 @@
 """Pictures beside what a model made of them, as one PNG: `python contact_sheet.py OUT.png TITLE=SAMPLES ... [--count 24] [--line TEXT]`.
 
 SAMPLES are shards as `mmgen eval` and `mmgen sample` write them: each sample's `image` stands left of its `sample.image`, its
-caption below. The first COUNT samples are shown, not the best ones.
+caption below. COUNT samples are shown at even distances, not the best ones.
 """
 
 import argparse
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,11 @@ INK, SOFT, PAPER = (24, 24, 27), (113, 113, 122), (255, 255, 255)
 def enlarged(picture: np.ndarray) -> Image.Image:
     """A picture as it is, its pixels made larger and not smoother."""
     return Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+
+
+def plain(text: str) -> str:
+    """Text without the accents that the font that comes with Pillow lacks."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
@@ -43,7 +49,8 @@ def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 def section(samples: Shards, title: str, count: int) -> Image.Image:
     """A title above a table of pairs: the picture of the data, and the model's."""
     heading, font = ImageFont.load_default(20), ImageFont.load_default(13)
-    chosen = [samples[i].fields for i in range(min(count, len(samples)))]
+    shown = min(count, len(samples))
+    chosen = [samples[i * len(samples) // shown].fields for i in range(shown)]
     pair = any("image" in fields for fields in chosen)
     width, height = SIDE * (2 if pair else 1) + 2 * pair, SIDE + 40
     rows = -(-len(chosen) // COLUMNS)
@@ -56,7 +63,7 @@ def section(samples: Shards, title: str, count: int) -> Image.Image:
         if "image" in fields:
             sheet.paste(enlarged(fields["image"]), (x, y))
         sheet.paste(enlarged(fields["sample.image"]), (x + (SIDE + 2) * pair, y))
-        for number, line in enumerate(shortened(str(fields.get("caption", "")), font, width)):
+        for number, line in enumerate(shortened(plain(str(fields.get("caption", ""))), font, width)):
             draw.text((x, y + SIDE + 3 + 16 * number), line, SOFT, font)
     return sheet
 
