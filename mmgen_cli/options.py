@@ -73,6 +73,9 @@ Parallel = Annotated[
     Literal["ddp", "fsdp"],
     typer.Option("--parallel", help="How ranks under torchrun share the network: ddp, each has all of it; fsdp, each has a part."),
 ]
+Workers = Annotated[
+    int, typer.Option("--workers", metavar="N", min=0, help="Processes of each rank that read ahead; worth it for large pictures.")
+]
 OnBadSample = Annotated[
     Literal["fail", "skip", "quarantine"], typer.Option("--on-bad-sample", help="What to do with a sample that cannot be read.")
 ]

@@ -18,6 +18,7 @@ class RunOptions:
     max_minutes: float | None = None
     overwrite: bool = False
     parallel: str = "ddp"
+    workers: int = 0
     on_bad_sample: str = "skip"
     max_bad_fraction: float = 0.01
     quiet: bool = False

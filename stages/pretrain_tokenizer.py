@@ -7,6 +7,7 @@ anybody but a resume. A recipe with nothing but a text tokenizer learns that fro
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ from stages.run import Run
 from stages.training.checkpoint import save_checkpoint
 from stages.training.ema import EMA
 from stages.training.loop import Progress, StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
-from stages.training.stream import not_shared, stream_seed
+from stages.training.order import Order
+from stages.training.stream import not_shared
 
 IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are decoded again every epoch
 NUM_VALIDATION = 1024  # pictures that are reconstructed for the reported numbers
@@ -57,6 +59,7 @@ def pretrain_tokenizer(recipe: Recipe, shards: str, out: Path, options: RunOptio
         on_bad_sample=options.on_bad_sample,
         max_bad_fraction=options.max_bad_fraction,
         spool=spool_folder(out),
+        mixing=True,
     )
     validation = _open_validation(shards, val)
     inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
@@ -215,16 +218,22 @@ class Pictures:
                 f"the autoencoder learns from {', '.join(plan.fields)}, which these shards lack",
                 hint=f"their fields are {', '.join(shards.fields)}",
             )
-        size = min(len(shards), limit or len(shards))
-        self.places = [(i, field) for i in range(size) for field in self.fields]
+        self.places = [(i, field) for numbers, _ in shards.mixture for i in numbers[: limit or len(numbers)] for field in self.fields]
         self.shape: tuple[int, ...] | None = None
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         first = next((picture for number in range(len(self.places)) if (picture := self._decode(number)) is not None), None)
         if first is None:
             raise DataError(f"{shards.spec}: every sample is bad, the first: {shards.bad[0]}")
         self.pixels: np.ndarray | None = None
         if first.nbytes * len(self.places) <= IN_MEMORY:
             self._decode_all(first)
+        samples = [i for i, _ in self.places]
+        bounds = [(bisect_left(samples, numbers.start), bisect_left(samples, numbers.stop), weight) for numbers, weight in shards.mixture]
+        self._sets = [(range(start, stop), weight) for start, stop, weight in bounds if stop > start]
+        self._order = Order(self._sets, seed, phase.name)
+
+    def begin(self, phase: Phase) -> None:
+        """From here on give batches of this phase, in its own order."""
+        self.phase, self._order = phase, Order(self._sets, self.seed, phase.name)
 
     def _decode_all(self, first: np.ndarray) -> None:
         pixels = np.empty((len(self.places), *first.shape), np.uint8)
@@ -274,14 +283,9 @@ class Pictures:
         assert self.phase.batch_size is not None
         if self.phase.batch_size % self.ranks:
             raise not_shared(self.phase, self.ranks)
-        numbers = []
         share = self.phase.batch_size // self.ranks
-        for position in range(self.position + self.rank * share, self.position + (self.rank + 1) * share):
-            epoch, place = divmod(position, len(self))
-            if self._order[0] != epoch:
-                generator = torch.Generator().manual_seed(stream_seed(self.seed, self.phase.name, "order", epoch))
-                self._order = (epoch, torch.randperm(len(self), generator=generator))
-            numbers.append(int(self._order[1][place]))
+        start = self.position + self.rank * share
+        numbers = [self._order.at(place)[1] for place in range(start, start + share)]
         self.position += self.phase.batch_size
         return self.take(numbers)
 
@@ -337,7 +341,7 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
             log |= {f"codebook/{name}": value for name, value in codebook_health(autoencoder).items()}
             return StepResult(losses, log, samples=len(batch.keys), keys=batch.keys)
 
-        pictures.phase = phase
+        pictures.begin(phase)
         average: list[EMA] = []
         for progress in fit(
             step,

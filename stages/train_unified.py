@@ -72,6 +72,7 @@ def train_phases(
         on_bad_sample=options.on_bad_sample,
         max_bad_fraction=options.max_bad_fraction,
         spool=spool_folder(out),
+        mixing=True,
     )
     starts = {address: str(resolve(folder)) for address, folder in {**recipe.init_from, **init}.items()}
     came_along = [path for folder in starts.values() for path in open_checkpoint(Path(folder.split("#")[0])).tokenizers.values()]
@@ -109,7 +110,7 @@ def train_phases(
                 ledger.phase, ledger.step, ledger.position = number, 0, 0
             learning = set_trainable(model, phase.trainable, phase.frozen)
             engine(partial(precompute_features, model, planner, [data, validation_data], phase))
-            stream = Stream(data, planner, phase, seed=options.seed, limit=options.limit, shared=True)
+            stream = Stream(data, planner, phase, seed=options.seed, limit=options.limit, shared=True, workers=options.workers)
             for task in unused_tasks(planner, phase.tasks, data):
                 run.say(f"note: phase '{phase.name}' leaves out the task '{task}': these shards lack its fields")
             validation = Validation(validation_data, planner, phase, options.seed) if validation_data is not None else None

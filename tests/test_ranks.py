@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -62,17 +64,21 @@ class Jobs:
         out = self.folder / name / "out"
         self.jobs.append({"stage": stage, "target": str(target), "shards": str(shards), "out": str(out), "options": options})
 
-    def run(self, ranks: int) -> None:
-        """All jobs added so far, by that many ranks."""
+    def command(self, ranks: int) -> list[str]:
+        """What does all jobs added so far, by that many ranks."""
         plan = self.folder / f"jobs-{ranks}.json"
         plan.write_text(json.dumps(self.jobs))
-        self.jobs = []
-        command = [sys.executable, str(PROGRAM), str(plan)]
-        if ranks > 1:
-            command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        return [sys.executable, *launcher, str(PROGRAM), str(plan)]
+
+    def environment(self) -> dict[str, str]:
         paths = os.pathsep.join([str(PROGRAM.parent), str(PROGRAM.parent.parent)])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+    def run(self, ranks: int) -> None:
+        """All jobs added so far, by that many ranks."""
+        done = subprocess.run(self.command(ranks), env=self.environment(), capture_output=True, text=True, timeout=300)
+        self.jobs = []
         assert done.returncode == 0, done.stderr[-4000:]
 
     def weights(self, name: str) -> dict[str, Tensor]:
@@ -149,6 +155,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.train("fsdp then ddp phases", PHASES, parallel="fsdp", max_steps=4)
     jobs.train("fsdp then ddp phases", PHASES)
     jobs.train("one then two", *PLAIN, max_steps=4)
+    jobs.train("two workers", *PLAIN, workers=1)
     jobs.train("everything", "phases.joint.ema_decay=0.8")
     jobs.train("everything twice", "phases.joint.ema_decay=0.8", max_steps=2)
     jobs.train("everything twice", "phases.joint.ema_decay=0.8", max_steps=3)
@@ -163,7 +170,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return jobs
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "two workers"])
 def test_two_ranks_see_the_batches_of_one_and_learn_its_weights(done: Jobs, name: str) -> None:
     assert done.batches(name) == done.batches("alone")
     assert len(done.batches(name)) == STEPS
@@ -226,3 +233,37 @@ def test_two_ranks_score_as_one(done: Jobs) -> None:
     one, two = (json.loads((done.folder / f"{who} scores" / "out" / "results.json").read_text()) for who in ("alone", "two"))
     assert len(one["results"]) > 4
     assert two["results"] == one["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_any_ranks_and_workers_stopped_twice_anywhere_keep_the_order(done: Jobs, seed: int) -> None:
+    """Three launches of one to four ranks with zero to two workers, whole or in shards."""
+    rng = random.Random(seed)
+    stops = [*sorted(rng.sample(range(1, STEPS), 2)), STEPS]
+    name = f"property {seed}"
+    for stop in stops:
+        done.train(name, *FILLED, *PLAIN[:2], max_steps=stop, workers=rng.randrange(3), parallel=rng.choice(["ddp", "fsdp"]))
+        done.run(rng.randrange(1, 5))
+    assert [sorted(set(keys)) for keys in done.batches(name)] == done.batches("alone filled")
+    assert close(done.weights(name), done.weights("alone filled"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_state_of_all_ranks_and_the_same_command_goes_on(done: Jobs) -> None:
+    out, steps = done.folder / "preempted" / "out", 400
+    done.train("preempted straight", *PLAIN, f"phases.joint.steps={steps}", max_steps=40)
+    done.run(2)
+    done.train("preempted", *PLAIN, f"phases.joint.steps={steps}")
+    launch = subprocess.Popen(done.command(2), env=done.environment(), stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").is_file():
+        time.sleep(0.05)
+    launch.terminate()
+    launch.wait(60)
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert 0 < status["step"] < steps
+    done.jobs = []
+    done.train("preempted", *PLAIN, f"phases.joint.steps={steps}", max_steps=max(40, status["step"] + 1))
+    done.run(2)
+    assert done.batches("preempted")[:40] == done.batches("preempted straight")

@@ -1,7 +1,7 @@
 """From what a person writes for SHARDS to folders and tars on this machine.
 
 SHARDS is a folder, a tar, a brace pattern (`data-{000000..000003}.tar`), `-` for a tar on standard input, `hf://datasets/org/name`, an
-http(s) address of a tar, or several of these joined by `::`. A folder that holds no tars but `train`, `val` ... with tars is the parent
+http(s) address of a tar, or several of these joined by `::`, for training also with weights (`3*data/scenes::1*data/emoji`). A folder that holds no tars but `train`, `val` ... with tars is the parent
 of splits. Commands (`pipe:`), which webdataset would run, are refused.
 """
 
@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -24,6 +24,7 @@ from stages.errors import DataError, UsageError, nearest
 from stages.files import open_atomic
 
 SPLITS = ("train", "val", "heldout", "test")
+_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?)\*(.+)")
 _HUB_ADDRESS = re.compile(r"hf://(?:(datasets|models|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
 
 
@@ -33,6 +34,8 @@ class Place:
 
     folder: Path
     tars: tuple[Path, ...] | None = None
+    part: int = 0  # which of the parts that `::` joins
+    weight: float | None = None  # and how often training takes from it, beside the others
 
 
 def locate(spec: str, *, split: str | None = None, spool: Path | None = None) -> list[Place]:
@@ -41,7 +44,14 @@ def locate(spec: str, *, split: str | None = None, spool: Path | None = None) ->
     `split` chooses among the subfolders of a parent of splits. `spool` is the folder where standard input is kept.
     Raises UsageError where something is missing, DataError where there are several splits and none was chosen.
     """
-    places = [place for part in spec.split("::") for place in _locate_part(part, spool)]
+    places = []
+    for number, part in enumerate(spec.split("::")):
+        matched = _WEIGHTED.fullmatch(part)
+        weight, path = (float(matched[1]), matched[2]) if matched else (None, part)
+        places += [replace(place, part=number, weight=weight) for place in _locate_part(path, spool)]
+    weights = {place.weight for place in places}
+    if 0.0 in weights or (None in weights and len(weights) > 1):
+        raise UsageError(f"SHARDS: {spec}: give every part a weight above 0, or none", hint="for example 3*data/scenes::1*data/emoji")
     return [_choose_split(place, split) if place.tars is None else place for place in places]
 
 
@@ -79,11 +89,11 @@ def _choose_split(place: Place, split: str | None) -> Place:
     if split is not None:
         if split not in splits:
             raise DataError(f"{place.folder}: there is no split '{split}'", hint=nearest(split, splits))
-        return Place(splits[split])
+        return replace(place, folder=splits[split])
     if len(splits) > 1:
         hint = f"for example {place.folder / next(iter(splits))}"
         raise DataError(f"{place.folder}: holds several splits ({', '.join(splits)}); name one", hint=hint)
-    return Place(next(iter(splits.values())))
+    return replace(place, folder=next(iter(splits.values())))
 
 
 def _locate_part(part: str, spool: Path | None) -> list[Place]:

@@ -448,16 +448,21 @@ def open_shards(
     on_bad_sample: str = "skip",
     max_bad_fraction: float = 0.01,
     spool: Path | None = None,
+    mixing: bool = False,
 ) -> "Shards":
     """The samples of SHARDS (see `stages.data.locate`), for random access.
 
     split: which subfolder of a parent of splits. on_bad_sample: `fail` at the first bad sample; `skip` them, up to `max_bad_fraction` of
-    all; `quarantine` skips and keeps their bytes (see `Shards.write_bad_samples`). spool: where standard input (`-`) is kept.
+    all; `quarantine` skips and keeps their bytes (see `Shards.write_bad_samples`). spool: where standard input (`-`) is kept. mixing:
+    whether the parts may have weights.
     Raises UsageError for what does not exist, DataError for what is empty, cut, mixed up or not what its index says.
     """
     if on_bad_sample not in ON_BAD_SAMPLE:
         raise UsageError(f"--on-bad-sample: there is no '{on_bad_sample}'", hint=nearest(on_bad_sample, ON_BAD_SAMPLE))
-    return Shards(spec, locate(spec, split=split, spool=spool), on_bad_sample, max_bad_fraction)
+    places = locate(spec, split=split, spool=spool)
+    if not mixing and any(place.weight is not None for place in places):
+        raise UsageError(f"SHARDS: {spec}: weights say how training mixes data; nothing is mixed here", hint="leave them out")
+    return Shards(spec, places, on_bad_sample, max_bad_fraction)
 
 
 class Shards:
@@ -476,6 +481,7 @@ class Shards:
         self._bad_rows: set[int] = set()
         self._archives: OrderedDict[Path, mmap.mmap | bytes] = OrderedDict()
         self._positions: dict[str, int] | None = None
+        self._parts = [(place.part, place.weight) for place in places]
         self._sources = [self._open_place(place) for place in places]
         self._tars = [tar for source in self._sources for tar in source.tars]
         self._ends = list(accumulate(tar.entry.nsamples for tar in self._tars))
@@ -524,11 +530,26 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the sha256 of every tar, in order. Tars without an index are read for it."""
+        """sha256 over the sha256 of every tar, in order, and the weights of a mixture. Tars without an index are read for it."""
         for tar in self._tars:
             if not tar.entry.sha256:
                 tar.entry.sha256 = sha256_file(tar.path)
-        return hashlib.sha256("".join(tar.entry.sha256 for tar in self._tars).encode()).hexdigest()
+        weights = [f"{weight:g}" for _, weight in self.mixture] if len(self.mixture) > 1 else []
+        return hashlib.sha256("".join([*(tar.entry.sha256 for tar in self._tars), *weights]).encode()).hexdigest()
+
+    @property
+    def mixture(self) -> list[tuple[range, float]]:
+        """Of parts joined with weights: the numbers of each part's samples, and its weight. Everything else is one part."""
+        if self._parts[0][1] is None:
+            return [(range(len(self)), 1.0)]
+        parts: dict[int, tuple[range, float]] = {}
+        start = 0
+        for (part, weight), source in zip(self._parts, self._sources, strict=True):
+            stop = start + sum(tar.entry.nsamples for tar in source.tars)
+            first = parts[part][0].start if part in parts else start
+            parts[part] = (range(first, stop), weight or 1.0)
+            start = stop
+        return [(numbers, weight) for numbers, weight in parts.values() if numbers]
 
     def splits(self) -> list[str]:
         """The splits these samples are from, as far as their folders say."""

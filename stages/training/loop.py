@@ -30,8 +30,8 @@ from stages.run import Run
 from stages.training.ema import EMA
 from stages.training.optim import build_optimizer, learning_rate
 from stages.training.parallel import Engine, StepResult, whole
+from stages.training.seeds import stream_seed
 from stages.training.state import load_state, newest_state, save_state
-from stages.training.stream import stream_seed
 
 Item = TypeVar("Item")
 ItemIn = TypeVar("ItemIn", covariant=True)

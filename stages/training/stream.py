@@ -1,13 +1,15 @@
 """Samples in a fixed order → packed batches. Which sample comes when is a function of (index, seed, epoch) and of nothing else,
 so a resume goes on at any position without replaying what came before."""
 
-import hashlib
+import pickle
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from stages import ranks
 from stages.data.sample import Sample
@@ -17,15 +19,13 @@ from stages.recipe import Phase
 from stages.sequence.pack import pack
 from stages.sequence.plan import MissingField, Planner
 from stages.sequence.segment import Batch, Role, Sequence
+from stages.training.order import Order
+from stages.training.seeds import stream_seed
 
 DEFAULT_BATCH_TOKENS = 32768
+PREFETCH = 16  # sequences each worker has ready
 LOOK_AHEAD = 4  # sequences each rank plans before it tells the others how long they are
 IN_MEMORY = 256 * 1024**2  # bytes of decoded fields that are kept, so that an epoch decodes a sample once
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable: streams of different names never share random numbers."""
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,29 @@ class Stream:
     """Batches of one phase. `position` counts the samples consumed since its start, over epochs; setting it is all a resume needs.
 
     Which samples make a batch does not depend on the number of ranks. Of several each plans its share, `position % ranks`, tells the
-    others how long its sequences are, and packs what is its own of the batch that all of them then see.
+    others how long its sequences are, and packs what is its own of the batch that all of them then see. With `workers`, that many
+    processes read and plan ahead; they change nothing else.
     """
 
     def __init__(
-        self, shards: Shards, planner: Planner, phase: Phase, *, seed: int, limit: int | None = None, shared: bool = False
+        self, shards: Shards, planner: Planner, phase: Phase, *, seed: int, limit: int | None = None, shared: bool = False, workers: int = 0
     ) -> None:
         self.shards, self.planner, self.phase, self.seed = shards, planner, phase, seed
-        self.size = min(len(shards), limit or len(shards))
-        if not self.size:
-            raise DataError("there are no samples to train on")
+        sets = [(numbers[: limit or len(numbers)], weight) for numbers, weight in shards.mixture]
+        self.order = Order(sets, seed, phase.name)
+        self.size = sum(len(numbers) for numbers, _ in sets)
         self.tasks = feasible_tasks(planner, phase.tasks, shards)
         self.fields = sorted(planner.fields_needed(self.tasks) & set(shards.fields))
         self.rank, self.ranks = (ranks.rank(), ranks.size()) if shared else (0, 1)
         if phase.batch_size is not None and phase.batch_size % self.ranks:
             raise not_shared(phase, self.ranks)
         self.too_long = 0
+        self.workers = workers
+        self._loader: Iterator[bytes] | None = None
         self._position = 0
         self._ahead: deque[Planned] = deque()
         self._memory: dict[int, Sample] = {}
         self._memory_bytes = 0
-        self._orders: dict[int, list[int]] = {}
 
     @property
     def position(self) -> int:
@@ -71,6 +73,7 @@ class Stream:
     def position(self, position: int) -> None:
         self._position = position
         self._ahead.clear()
+        self._loader = None
 
     def next_batch(self) -> Batch:
         """The next samples, planned and packed: `batch_size` samples, or as many as fit `batch_tokens`; of several ranks, this one's.
@@ -79,13 +82,13 @@ class Stream:
         """
         first = self._position
         own: list[Sequence] = []
-        count = tokens = targets = skipped = 0
+        taken = tokens = targets = skipped = 0
         size, budget = self.phase.batch_size, self.phase.batch_tokens or DEFAULT_BATCH_TOKENS
-        while count < size if size else tokens < budget:
+        while taken < size if size else tokens < budget:
             if not self._ahead:
                 self._look_ahead()
             planned = self._ahead[0]
-            if not size and count and 0 <= planned.length <= budget < tokens + planned.length:
+            if not size and taken and 0 <= planned.length <= budget < tokens + planned.length:
                 break  # it opens the next batch
             self._ahead.popleft()
             self._position += 1
@@ -95,7 +98,7 @@ class Stream:
                     what = f"longer than a batch of {budget} tokens" if self.too_long else "bad"
                     raise DataError(f"every sample is {what}", hint=str(self.shards.bad[0]) if self.shards.bad else "")
                 continue
-            count, tokens, targets = count + 1, tokens + planned.length, targets + planned.targets
+            taken, tokens, targets = taken + 1, tokens + planned.length, targets + planned.targets
             if planned.sequence is not None:
                 own.append(planned.sequence)
         batch = pack(own or [self._onlooker(first)])
@@ -109,7 +112,7 @@ class Stream:
         """Plan the next places, each rank its own, and learn from the others how long theirs are."""
         first = self._position + len(self._ahead)
         places = range(first, first + (1 if self.ranks == 1 else self.ranks * LOOK_AHEAD))
-        plans = {place: self._plan(place) for place in places if place % self.ranks == self.rank}
+        plans = {place: self._planned(place) for place in places if place % self.ranks == self.rank}
         sizes = torch.zeros(len(places), 2, dtype=torch.int64)
         for place, sequence in plans.items():
             sizes[place - first] = torch.tensor([len(sequence), sequence.num_targets] if sequence is not None else [-1, 0])
@@ -118,6 +121,25 @@ class Stream:
         for place, (length, targets) in zip(places, sizes.tolist(), strict=True):
             self._ahead.append(Planned(length, targets, plans.get(place)))
 
+    def _planned(self, place: int) -> Sequence | None:
+        """What `_plan` gives for the next of this rank's places, from a worker where there are workers."""
+        if not self.workers:
+            return self._plan(place)
+        if self._loader is None:
+            self._loader = iter(
+                DataLoader(
+                    _Places(self),
+                    batch_size=None,
+                    sampler=count(place, self.ranks),
+                    num_workers=self.workers,
+                    prefetch_factor=PREFETCH,
+                    multiprocessing_context="fork",
+                )
+            )
+        sequence, left_out = pickle.loads(next(self._loader))
+        self.shards.note_left_out([left_out])
+        return sequence
+
     def _onlooker(self, place: int) -> Sequence:
         """For a rank that has no sample of a batch: the first of all, with nothing to learn from."""
         sequence = next(found for place in range(place, place + self.size) if (found := self._plan(place)) is not None)
@@ -125,8 +147,8 @@ class Stream:
 
     def _plan(self, place: int) -> Sequence | None:
         """The sequence of one place of the stream, a function of (index, seed, place) alone; None where the sample is bad."""
-        epoch, number = divmod(place, self.size)
-        sample = self._sample(self._order(epoch)[number])
+        epoch, number = self.order.at(place)
+        sample = self._sample(number)
         if sample is None:
             return None
         rng = random.Random(stream_seed(self.seed, self.phase.name, epoch, sample.key))
@@ -141,12 +163,6 @@ class Stream:
         if self.phase.mix == "every-step":
             return names[place % len(names)]
         return rng.choices(names, weights=[self.tasks[name] for name in names])[0]
-
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, self.phase.name, "order", epoch))
-            self._orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
-        return self._orders[epoch]
 
     def _sample(self, number: int) -> Sample | None:
         if number in self._memory:
@@ -167,6 +183,19 @@ def not_shared(phase: Phase, count: int) -> UsageError:
         f"phases.{phase.name}.batch_size = {phase.batch_size} cannot be shared equally by {count} ranks",
         hint=f"--set phases.{phase.name}.batch_size={-(-phase.batch_size // count) * count}",
     )
+
+
+class _Places(Dataset[bytes]):
+    """The stream as a data loader's workers see it: a place in, its sequence and what was left out, pickled, out.
+
+    As bytes, because tensors between processes cost a file descriptor each.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, place: int) -> bytes:
+        return pickle.dumps((self.stream._plan(place), self.stream.shards.left_out))
 
 
 def reweighted(sequence: Sequence, weight: float) -> Sequence:

@@ -6,7 +6,8 @@ from stages.data.shards import Shards
 from stages.model import Model
 from stages.recipe import Phase
 from stages.sequence.plan import Planner
-from stages.training.stream import Stream, stream_seed
+from stages.training.seeds import stream_seed
+from stages.training.stream import Stream
 
 NUM_SAMPLES = 256
 

@@ -1,18 +1,22 @@
 """The order of samples: every one once an epoch, a function of (index, seed, epoch), continued anywhere without replay."""
 
+import io
+import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from worlds import World, mixed_recipe, planner_of, sample_of
 
-from stages.data.sample import Sample
+from stages.data.sample import Sample, encode_field
 from stages.data.shards import Shards, ShardWriter, open_shards
-from stages.errors import DataError, GuardError
+from stages.errors import DataError, GuardError, UsageError
 from stages.recipe import Phase, Recipe
 from stages.sequence.plan import MissingField
 from stages.sequence.segment import Batch
-from stages.training.stream import Stream, feasible_tasks, stream_seed, unused_tasks
+from stages.training.seeds import stream_seed
+from stages.training.stream import Stream, feasible_tasks, unused_tasks
 
 RECIPE = mixed_recipe()
 
@@ -200,3 +204,60 @@ def test_conditions_are_dropped_anew_in_every_epoch(shards: Shards) -> None:
         batch = stream.next_batch()
         dropped[batch.keys[0]].add(batch.num_tokens == 8)  # only <soi> 2×3 <eoi> is left
     assert all(kinds == {True, False} for kinds in dropped.values())
+
+
+def cut_one(world: World, folder: Path) -> Path:
+    """The world's samples in a tar of somebody else, where the codes of sample 0003 are no array any more."""
+    folder.mkdir()
+    with tarfile.open(folder / "data.tar", "w") as tar:
+        for number, sample in enumerate(world.samples):
+            for name, value in sample.fields.items():
+                suffix, data = encode_field(name, value)
+                data = b"no array" if (number, name) == (3, "image.codes") else data
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_change_nothing_but_who_reads(shards: Shards, workers: int) -> None:
+    """Also from the middle, also after it was set back."""
+    alone, helped = stream_of(shards, batch_size=None, batch_tokens=90), stream_of(shards, batch_size=None, batch_tokens=90)
+    helped.workers = workers
+    for _ in range(3):
+        assert same(alone.next_batch(), helped.next_batch())
+    alone.position = helped.position = 5
+    for _ in range(3):
+        assert same(alone.next_batch(), helped.next_batch())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_is_left_out_and_counted_once(world: World, tmp_path: Path, workers: int) -> None:
+    damaged = open_shards(str(cut_one(world, tmp_path / "cut")), max_bad_fraction=0.2)
+    stream = stream_of(damaged, batch_size=2)
+    stream.workers = workers
+    keys = [key for _ in range(8) for key in stream.next_batch().keys]
+    assert set(keys) == {f"{number:04d}" for number in range(8)} - {"0003"}
+    assert [bad.key for bad in damaged.bad] == ["0003"]
+    assert damaged.write_bad_samples(tmp_path) == "kept 7, skipped 1 (bad_samples.jsonl)"
+    strict = open_shards(str(tmp_path / "cut"), on_bad_sample="fail")
+    with pytest.raises(DataError, match="0003"):
+        keys_of(stream_of(strict, batch_size=2), 8)
+
+
+def test_data_sets_are_mixed_by_their_weights(world: World, tmp_path: Path) -> None:
+    plain = open_shards(str(world.shards))
+    written = {name: entry["tokenizer"] for name, entry in plain.fields.items() if entry["tokenizer"]}
+    with ShardWriter(tmp_path / "other", split="train", field_tokenizers=written) as writer:
+        for number in range(3):
+            writer.write(Sample(f"other-{number}", world.samples[number].fields))
+    mixed = open_shards(f"1*{world.shards}::3*{tmp_path / 'other'}", split="train", mixing=True)
+    assert [len(numbers) for numbers, _ in mixed.mixture] == [8, 3]
+    keys = keys_of(stream_of(mixed, batch_size=8), 1024)
+    assert sum(key.startswith("other") for key in keys) == 768
+    assert mixed.fingerprint != open_shards(f"{world.shards}::{tmp_path / 'other'}", split="train").fingerprint
+    with pytest.raises(UsageError, match="nothing is mixed here"):
+        open_shards(f"1*{world.shards}::3*{tmp_path / 'other'}", split="train")
+    with pytest.raises(UsageError, match="give every part a weight"):
+        open_shards(f"{world.shards}::3*{tmp_path / 'other'}", split="train", mixing=True)
