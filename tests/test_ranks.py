@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from worlds import make_world, mixed_recipe, sample_of
+from worlds import CAPTIONS, make_world, mixed_recipe, sample_of
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter
@@ -118,6 +118,18 @@ def asked(number: int) -> dict[str, str]:
     return {"question": "how many?", "answer": str(number), "type": "count"}
 
 
+def captioned(folder: Path) -> Path:
+    """Pictures with captions, and the checkpoint of the tokenizer that reads them."""
+    rng = np.random.default_rng(1)
+    pixels = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(24)]
+    samples = [Sample(f"{n:03d}", {"image": picture, "caption": CAPTIONS[n % 8]}) for n, picture in enumerate(pixels)]
+    return make_world(folder, clip_recipe(), samples).shards
+
+
+def clip_recipe() -> Recipe:
+    return load_recipe("clip", size="tiny", sets=["phases.contrast.steps=4", "phases.contrast.batch_size=8"])
+
+
 def codebook_recipe() -> Recipe:
     sets = [
         "phases.train.steps=5",
@@ -135,6 +147,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     world = make_world(folder / "world", mixed_recipe(), [sample_of(number) for number in range(NUM_SAMPLES)])
     jobs = Jobs(folder, world.shards)
     images = pictures(folder / "pictures")
+    pairs = captioned(folder / "pairs")
     prompts = make_world(
         folder / "prompts", mixed_recipe(), [sample_of(number, qa=[asked(number)]) for number in range(NUM_PROMPTS)]
     ).shards
@@ -142,6 +155,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.train("alone filled", *FILLED, *PLAIN[:2])
     jobs.train("alone phases", PHASES)
     jobs.train("one then two", *PLAIN, max_steps=2)
+    jobs.add("alone towers", clip_recipe(), pairs, "align")
     jobs.add("alone codebook", codebook_recipe(), images, "pretrain-tokenizer")
     jobs.call("alone tokens", "tokenize", folder / "alone codebook" / "out", images)
     jobs.call("alone samples", "sample", folder / "alone phases" / "out", prompts)
@@ -160,6 +174,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.train("everything twice", "phases.joint.ema_decay=0.8", max_steps=2)
     jobs.train("everything twice", "phases.joint.ema_decay=0.8", max_steps=3)
     jobs.train("everything twice", "phases.joint.ema_decay=0.8")
+    jobs.add("two towers", clip_recipe(), pairs, "align", workers=1)
     jobs.add("two codebook", codebook_recipe(), images, "pretrain-tokenizer")
     jobs.call("two tokens", "tokenize", folder / "alone codebook" / "out", images)
     jobs.call("two samples", "sample", folder / "alone phases" / "out", prompts)
@@ -206,6 +221,14 @@ def test_stopped_twice_two_ranks_go_on_to_the_same_bits(done: Jobs) -> None:
     """Noise, dropped conditions, moving average and all."""
     assert same(done.weights("everything twice"), done.weights("everything"))
     assert done.batches("everything twice") == done.batches("everything")
+
+
+def test_contrastive_pairs_are_held_against_those_of_all_ranks(done: Jobs) -> None:
+    """Halves of a batch contrasted by themselves would be another loss."""
+    assert done.batches("two towers") == done.batches("alone towers")
+    assert done.losses("two towers")[-1] == pytest.approx(done.losses("alone towers")[-1], abs=1e-4)
+    matrices = [{name: value for name, value in done.weights(f"{who} towers").items() if value.dim() > 1} for who in ("two", "alone")]
+    assert close(*matrices)  # biases of keys have no gradient but rounding, which Adam makes large
 
 
 def test_the_codebook_of_two_ranks_is_that_of_one(done: Jobs) -> None:

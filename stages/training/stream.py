@@ -1,14 +1,15 @@
 """Samples in a fixed order → packed batches. Which sample comes when is a function of (index, seed, epoch) and of nothing else,
 so a resume goes on at any position without replaying what came before."""
 
-import pickle
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stages import ranks
@@ -59,7 +60,7 @@ class Stream:
             raise not_shared(phase, self.ranks)
         self.too_long = 0
         self.workers = workers
-        self._loader: Iterator[bytes] | None = None
+        self._loader: Iterator[tuple[Sequence | None, Any]] | None = None
         self._position = 0
         self._ahead: deque[Planned] = deque()
         self._memory: dict[int, Sample] = {}
@@ -130,15 +131,16 @@ class Stream:
                 DataLoader(
                     _Places(self),
                     batch_size=None,
+                    collate_fn=lambda pair: pair,
                     sampler=count(place, self.ranks),
                     num_workers=self.workers,
                     prefetch_factor=PREFETCH,
                     multiprocessing_context="fork",
                 )
             )
-        sequence, left_out = pickle.loads(next(self._loader))
+        sequence, left_out = next(self._loader)
         self.shards.note_left_out([left_out])
-        return sequence
+        return None if sequence is None else with_payloads(sequence, torch.from_numpy)
 
     def _onlooker(self, place: int) -> Sequence:
         """For a rank that has no sample of a batch: the first of all, with nothing to learn from."""
@@ -185,17 +187,24 @@ def not_shared(phase: Phase, count: int) -> UsageError:
     )
 
 
-class _Places(Dataset[bytes]):
-    """The stream as a data loader's workers see it: a place in, its sequence and what was left out, pickled, out.
+def with_payloads(sequence: Sequence, change: Callable[[Any], Any]) -> Sequence:
+    """The same sequence, what its segments hold in another form."""
+    return replace(sequence, segments=tuple(replace(segment, payload=change(segment.payload)) for segment in sequence.segments))
 
-    As bytes, because tensors between processes cost a file descriptor each.
+
+class _Places(Dataset[tuple[Sequence | None, Any]]):
+    """The stream as a data loader's workers see it: a place in, its sequence and what was left out, out.
+
+    Payloads travel as arrays, because tensors between processes cost a file descriptor each.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __getitem__(self, place: int) -> bytes:
-        return pickle.dumps((self.stream._plan(place), self.stream.shards.left_out))
+    def __getitem__(self, place: int) -> tuple[Sequence | None, Any]:
+        sequence = self.stream._plan(place)
+        made = None if sequence is None else with_payloads(sequence, Tensor.numpy)
+        return made, self.stream.shards.left_out
 
 
 def reweighted(sequence: Sequence, weight: float) -> Sequence:

@@ -25,7 +25,7 @@ def images(height: int = 16, width: int = 24) -> Tensor:
 
 def autoencoder() -> Autoencoder:
     torch.manual_seed(0)
-    quantizer = {"kind": "vq", "codebook_size": 11, "codebook_dim": 6}
+    quantizer = {"kind": "vq", "revive": 0, "codebook_size": 11, "codebook_dim": 6}
     return CNNConfig(downsample=4, patch_size=2, channels=8, multipliers=(1, 2), latent_channels=5, quantizer=quantizer).build()
 
 
