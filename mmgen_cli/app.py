@@ -23,7 +23,7 @@ one TOML file that describes one system; `mmgen recipes` lists those that come w
 
 EPILOG = """Exit codes:
   0    done, or stopped by --max-steps or --max-minutes
-  1    a fault of mmgen
+  1    a fault of mmgen, or a full disk
   2    a mistake in the command or the recipe
   3    bad data
   4    a guard stopped the run: a loss that is not finite, a dead codebook

@@ -5,6 +5,7 @@ be streamed through it; a mistyped command or flag is answered with the nearest 
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from stages.errors import MmgenError, UsageError, nearest
 from stages.options import RunOptions
 
+OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the reader of our stdout went away
 
 
@@ -119,6 +121,10 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
+            where = f": {error.filename}" if error.filename else ""
+            hint = "make room, or name another --out; what is finished is whole, and the same command goes on from there"
+            return _tell(f"{os.strerror(error.errno).lower()}{where}", hint, 1, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
             return _tell(*_usage_mistake(error), 2, invocation)
         return _tell(*_our_fault(error), 1, invocation)

@@ -128,7 +128,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             elif error is None and not self._finished:
                 self.finish()
             elif error is not None and not self.complete:
-                self._end(*_ending(error))
+                with contextlib.suppress(OSError):  # on a full disk this cannot be written either, and is not what to tell
+                    self._end(*_ending(error))
         finally:
             self._progress.close()
             for number, handler in self._handlers.items():

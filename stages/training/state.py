@@ -9,7 +9,8 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from stages import ranks
@@ -48,7 +50,7 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
             tensors |= {f"optimizer.{name}.{number}.{kind}": torch.as_tensor(value) for kind, value in values.items()}
     if ema is not None:
         tensors |= {f"ema.{name}": value for name, value in ema.average.items()}
-    with _quietly():
+    with _quietly(), _own_error():
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
     if ranks.rank() == 0:
         write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
@@ -85,7 +87,7 @@ def load_state(folder: Path, modules: nn.Module, optimizers: Optimizers, ema: EM
                 value = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[int(number)])
                 moments[name].setdefault(int(number), {})[kind] = tensors[key] = value
     _check(folder, there, {name: tuple(value.shape) for name, value in tensors.items()})
-    with _quietly():
+    with _quietly(), _own_error():
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size() == 1)
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments[name]})
@@ -100,6 +102,15 @@ def _check(folder: Path, there: Mapping[str, tuple[int, ...]], here: Mapping[str
     if missing or unexpected or reshaped:
         named = ", ".join([*reshaped, *missing, *unexpected][:6])
         raise DataError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected, {len(reshaped)} reshaped: {named}")
+
+
+@contextmanager
+def _own_error() -> Iterator[None]:
+    """What really went wrong on some rank, and not torch's account of it (which no `except Exception` would catch)."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 class _quietly(warnings.catch_warnings):
