@@ -71,7 +71,7 @@ def _asked(number: int) -> dict[str, str]:
 
 def kill_everywhere(laid: Laid, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: int) -> None:
     """Kill at `places` steps on the disk (drawn from all; the last kill comes in the run that follows the first), and compare."""
-    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)  # a training state after every step: more places to die at
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", (-1.0, -1.0))  # a training state after every step: more places to die at
     work = laid.stages[stage]
     straight = tmp_path / "straight" / "out"
     steps = durable_steps(partial(work, straight))

@@ -36,7 +36,8 @@ from stages.training.state import load_state, newest_state, save_state
 Item = TypeVar("Item")
 ItemIn = TypeVar("ItemIn", covariant=True)
 
-SAVE_EVERY_SECONDS = 300.0
+SAVE_EVERY_SECONDS = (5.0, 300.0)  # at least, at most; in between as often as costs SAVE_SHARE of the time
+SAVE_SHARE = 0.01
 LOG_EVERY_SECONDS = 2.0
 VALIDATIONS = 8  # a run looks at its validation data this often, evenly spaced
 BAD_STEPS_IN_A_ROW = 3
@@ -171,13 +172,17 @@ def fit(
     offset = ledger.total_step - ledger.step
     spacing = max(1, phase.steps // VALIDATIONS)
     meter = _Meter(run)
-    last_save = time.monotonic()
+    last_save, pause = time.monotonic(), SAVE_EVERY_SECONDS[0]
     seconds_before, bad_in_a_row = ledger.seconds, 0
 
     def save() -> None:
+        nonlocal last_save, pause
+        started = time.monotonic()
         made_with = {"threads": torch.get_num_threads(), "dtype": str(dtype), "ranks": ranks.size()}
         facts = {**vars(ledger), **made_with, "phase_name": phase.name}
         save_state(run.out, trainee.modules, optimizers, ema, facts)
+        last_save = time.monotonic()
+        pause = min(max(SAVE_EVERY_SECONDS[0], (last_save - started) / SAVE_SHARE), SAVE_EVERY_SECONDS[1])
 
     while ledger.step < phase.steps:
         if options.max_steps is not None and ledger.total_step >= options.max_steps:
@@ -203,7 +208,7 @@ def fit(
         ledger.step, ledger.total_step = ledger.step + 1, ledger.total_step + 1
         out_of_time = options.max_minutes is not None and time.monotonic() - started >= 60 * options.max_minutes
         out_of_steps = options.max_steps is not None and ledger.total_step >= options.max_steps
-        save_due = time.monotonic() - last_save > SAVE_EVERY_SECONDS
+        save_due = time.monotonic() - last_save > pause
         numbers = numbers_of(result)
         agreed = ranks.summed(
             torch.tensor([result.samples, result.tokens, out_of_time, save_due, run.stopping, *numbers.values()], dtype=torch.float64)
@@ -220,7 +225,6 @@ def fit(
         due = ledger.step % spacing == 0 or ledger.step == phase.steps
         if last or save_due:
             save()
-            last_save = time.monotonic()
         if stopping:
             run.raise_stop()
         yield Progress(ledger.step, phase.steps, due, last)
