@@ -4,12 +4,18 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import RepositoryNotFoundError
+from worlds import mixed_recipe
 
 from stages.errors import MmgenError, UsageError
 from stages.hub import Address, parse_address, push, resolve
+from stages.model import Model, build_model
+from stages.training.checkpoint import save_checkpoint
 
 
 class FolderHub:
@@ -107,3 +113,19 @@ def test_hub_errors_are_explained(hub: FolderHub) -> None:
     with pytest.raises(MmgenError, match=r"did not answer as expected: network is unreachable$") as other:
         resolve("hf://me/vq", api=hub)  # type: ignore[arg-type]
     assert other.value.exit_code == 1
+
+
+def test_a_checkpoint_loads_through_the_mixin_of_the_hub_library(tmp_path: Path) -> None:
+    """Anybody's class with `PyTorchModelHubMixin` reads our folder: config.json and model.safetensors are where it looks."""
+    recipe = mixed_recipe()
+    ours = build_model(recipe, 3)
+    save_checkpoint(tmp_path / "model", recipe, ours.state_dict())
+
+    class Theirs(Model, PyTorchModelHubMixin):
+        def __init__(self, **config: Any) -> None:
+            super().__init__(mixed_recipe())
+            self.told = config
+
+    theirs = Theirs.from_pretrained(str(tmp_path / "model"))
+    assert theirs.told["model_type"] == "mmgen"
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())

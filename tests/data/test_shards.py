@@ -382,10 +382,11 @@ def test_pickles_are_never_loaded(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "exploded",))
 
-    write_tar(tmp_path / "a" / "x.tar", {"0.txt": b"text", "0.pyd": pickle.dumps(Bomb()), "0.x.pickle": pickle.dumps(Bomb())})
+    kinds = ["pyd", "pickle", "pkl", "pth", "pt"]
+    write_tar(tmp_path / "a" / "x.tar", {"0.txt": b"text", **{f"0.x.{kind}": pickle.dumps(Bomb()) for kind in kinds}})
     shards = open_shards(str(tmp_path / "a"))
     assert shards[0].fields == {"caption": "text"}
-    assert shards.unread == {"pyd": 1, "pickle": 1}
+    assert shards.unread == dict.fromkeys(kinds, 1)
     write_tar(tmp_path / "b" / "x.tar", {f"{n}.pyd": pickle.dumps(Bomb()) for n in range(3)})
     with pytest.raises(DataError, match="has no field mmgen reads"):
         open_shards(str(tmp_path / "b"))
