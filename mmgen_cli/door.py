@@ -247,6 +247,8 @@ def stdout_for(out: str, *, as_json: bool) -> Iterator[None]:
     if out != "-":
         yield
         return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("--out - is a stream from one process, and there are several ranks", hint="name a folder with --out")
     if as_json:
         raise UsageError("--json and --out - both write to stdout", hint="name a folder with --out, or leave --json away")
     real = sys.stdout

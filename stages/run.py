@@ -98,6 +98,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
     # entering and leaving
 
     def __enter__(self) -> Self:
+        if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and _group() is None:
+            raise UsageError(f"{self.stage} is the work of one process, and {count} ranks were started", hint="run it without torchrun")
         verdict: dict[str, Any] = {}
         if self.rank == 0:
             try:
@@ -106,10 +108,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 verdict["error"] = (error.message, error.hint)
             except OSError as error:
                 verdict["error"] = (f"--out {self.out} cannot be written: {error.strerror}", "name another folder with --out")
-        elif not self.options.overwrite:
-            self.complete = (_read_json(self.meta / "status.json") or {}).get("state") == "done"
         verdict |= {"resuming": self.resuming, "complete": self.complete}
-        verdict = _shared_by_ranks(verdict, self)
+        verdict = _shared_by_ranks(verdict)
         self.resuming, self.complete = verdict["resuming"], verdict["complete"]
         if "error" in verdict:
             self._release()
@@ -404,14 +404,19 @@ def _lock_folder(folder: Path) -> int | None:
     return descriptor
 
 
-def _shared_by_ranks(verdict: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Rank 0's verdict, on every rank. Ranks without a process group work on their own: they only read what rank 0 wrote before."""
+def _group() -> Any:
+    """torch.distributed, where ranks have joined (see stages/ranks.py); None for a process on its own, which may not have loaded torch."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        box = [verdict]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-    return verdict
+    return torch.distributed if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized() else None
+
+
+def _shared_by_ranks(verdict: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's verdict, on every rank."""
+    if (group := _group()) is None:
+        return verdict
+    box = [verdict]
+    group.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _versions() -> dict[str, str]:

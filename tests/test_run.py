@@ -482,3 +482,9 @@ def test_progress_goes_to_stderr_and_quiet_means_quiet(tmp_path: Path, capsys: p
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "align: done, kept 9, skipped 1\n"
+
+
+def test_a_stage_for_one_process_refuses_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="work of one process, and 3 ranks"), open_run(tmp_path):
+        pass

@@ -17,6 +17,7 @@ from stages.options import RunOptions
 from stages.recipe import Recipe
 from stages.train_unified import train_unified
 from stages.training.checkpoint import open_checkpoint, read_weights, save_checkpoint
+from stages.training.validation import Validation
 
 
 def train(world: World, out: Path, *sets: str, init: dict[str, str] | None = None, recipe: Recipe | None = None, **options: Any) -> Path:
@@ -174,3 +175,19 @@ def test_shards_without_tokenizers_say_which_one_is_needed(tmp_path: Path) -> No
     ) as caught:
         train_unified(mixed_recipe(), str(tmp_path / "bare"), tmp_path / "out", RunOptions(quiet=True))
     assert "mmgen tokenize" in caught.value.hint
+
+
+def test_a_failing_validation_is_said_and_training_goes_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Validation, model: Any, device: Any) -> dict[str, float]:
+        raise RuntimeError("no room for the validation batch")
+
+    straight = train_unified(
+        mixed_recipe(), str(world.shards), tmp_path / "straight", RunOptions(quiet=True, seed=4), val=str(world.shards)
+    )
+    monkeypatch.setattr(Validation, "losses", fail)
+    out = train_unified(mixed_recipe(), str(world.shards), tmp_path / "out", RunOptions(seed=4), val=str(world.shards))
+    assert status(out)["state"] == "done"
+    assert (out / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert "validation failed, training goes on (RuntimeError: no room for the validation batch)" in capsys.readouterr().err
