@@ -21,7 +21,11 @@ def recipe_names(incomplete: str) -> list[str]:
 
 # what to work on
 Shards = Annotated[
-    str, typer.Argument(metavar="SHARDS", help="A folder, a brace pattern, a URL, hf://datasets/..., several joined by ::, or - for stdin.")
+    str,
+    typer.Argument(
+        metavar="SHARDS",
+        help="A folder, a brace pattern, a URL, hf://datasets/..., several joined by :: (to train, also 3*A::1*B), or - for stdin.",
+    ),
 ]
 OptionalShards = Annotated[
     str | None, typer.Argument(metavar="SHARDS", help="Of a checkpoint: the prompts and their truth. Of samples: the truth they lack.")

@@ -76,7 +76,7 @@ def open_data(shards: str | None, notes: list[str]) -> Shards | None:
     elif shards == "-":
         notes.append("the shards come from stdin, which a dry run leaves untouched, so lengths, epochs and activations are not known")
     else:
-        return open_shards(shards, split="train")
+        return open_shards(shards, split="train", mixing=True)
     return None
 
 

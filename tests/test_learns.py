@@ -1,26 +1,33 @@
 """Overfit a few samples, then ask for them back: the only test that sees whether the sampler agrees with the trainer.
 
-Every unified recipe, by glob, at its tiny size: eight samples with fabricated codes or latents, then `sample` must return the captions and
+Every recipe that has something to give back, at its tiny size. Unified ones, by glob: eight samples with fabricated codes or latents, then `sample` must return the captions and
 answers letter by letter and the pictures: codes exactly, latents up to a small error. A flipped sign, a reversed t, a marker outside its
 block or a row read one place too late all train well and fail here.
 """
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from worlds import CAPTIONS, World, make_world
 
+from stages.align import align
 from stages.data.sample import Sample
-from stages.data.shards import open_shards
+from stages.data.shards import ShardWriter, open_shards
 from stages.metrics.psnr import psnr
 from stages.options import RunOptions
-from stages.parts.views.square import to_pixels
+from stages.parts.views.square import to_pixels, to_tensor
+from stages.pretrain_tokenizer import pretrain_tokenizer
 from stages.recipe import RECIPES, Recipe, load_recipe
 from stages.sample import sample
+from stages.sequence.pack import pack
+from stages.sequence.plan import Planner
 from stages.train_unified import train_unified
-from stages.training.checkpoint import load_autoencoder
+from stages.training.checkpoint import load_autoencoder, load_model
+from stages.travelling import load_travelling
 
 UNIFIED = sorted(path.stem for path in (RECIPES / "unified").glob("*.toml"))
 QUICK = "show-o"  # the one that stays in the fast set
@@ -103,3 +110,49 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     else:
         assert apart < 40  # pictures of different codes do look different
         assert all(np.array_equal(own, expected) for own, expected in zip(pictures, truth, strict=True))
+
+
+def painted(number: int) -> np.ndarray:
+    """A picture of coloured blocks (32, 32, 3); no two numbers give the same."""
+    rng = np.random.default_rng(number)
+    return np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+
+
+@pytest.mark.slow
+@pytest.mark.rung("learns")
+@pytest.mark.parametrize("recipe", ["vqgan", "kl-autoencoder"])
+def test_a_tokenizer_gives_back_the_pictures_it_was_overfitted_to(recipe: str, tmp_path: Path) -> None:
+    pictures = [painted(number) for number in range(8)]
+    with ShardWriter(tmp_path / "pictures", split="train") as writer:
+        for number, picture in enumerate(pictures):
+            writer.write(Sample(f"{number:04d}", {"image": picture}))
+    loaded = load_recipe(recipe, size="tiny", sets=["phases.train.steps=600", "phases.train.batch_size=8"])
+    options = RunOptions(quiet=True, dtype="fp32", seed=1)
+    folder = pretrain_tokenizer(loaded, str(tmp_path / "pictures"), tmp_path / "run", options)
+    autoencoder = load_autoencoder(folder)
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    with torch.no_grad():
+        quantized = autoencoder.codebook_size is not None
+        rebuilt = (
+            autoencoder.decode_codes(autoencoder.encode_codes(images)) if quantized else autoencoder.decode(autoencoder.encode(images))
+        )
+    scores = [psnr(to_pixels(own), picture) for own, picture in zip(rebuilt, pictures, strict=True)]
+    apart = min(psnr(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    assert min(scores) > apart + 10, (scores, apart)
+
+
+@pytest.mark.slow
+@pytest.mark.rung("learns", "clip")
+def test_towers_find_the_pairs_they_were_overfitted_to(tmp_path: Path) -> None:
+    recipe = load_recipe("clip", size="tiny", sets=["phases.contrast.steps=60", "phases.contrast.batch_size=8"])
+    pairs = [Sample(f"{number:04d}", {"image": painted(number), "caption": caption}) for number, caption in enumerate(CAPTIONS)]
+    world = make_world(tmp_path / "world", recipe, pairs)
+    folder = align(recipe, str(world.shards), tmp_path / "run", RunOptions(quiet=True, dtype="fp32", seed=1))
+    checkpoint, model = load_model(folder)
+    trained, travelling = load_travelling(checkpoint.recipe, checkpoint.tokenizers)
+    planner = Planner(trained, travelling.text, dict(model.encoders.items()))
+    batch = pack([planner.plan(entry, "pair", Random(0)) for entry in world.samples])
+    with torch.no_grad():
+        images, texts = (model.pooled(port, batch.ports[port]) for port in ("image", "text"))
+    similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    assert similarity.argmax(0).tolist() == similarity.argmax(1).tolist() == list(range(len(CAPTIONS)))
