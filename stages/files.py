@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+# of a tokenizer's checkpoint, what its users need
+TOKENIZER_FILES = ("model.safetensors", "config.json", "recipe.toml", "README.md", "tokenizer.json", "tokenizer_config.json")
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Make `path` hold exactly `content` (text as UTF-8), or leave it as it was. Missing parent folders are made."""
@@ -50,6 +53,17 @@ def replace_folder(temporary: Path, final: Path) -> None:
     temporary.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files of a tokenizer's checkpoint that its users need, into another folder, whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+    replace_folder(partial, target)
 
 
 def sync(file: BinaryIO) -> None:

@@ -7,7 +7,6 @@ the data. Splits are mirrored. Samples are encoded in fixed groups of the index,
 """
 
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from stages.parts.autoencoders import Autoencoder
 from stages.parts.tokenizers import TextTokenizer
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.run import Run
-from stages.training.checkpoint import checkpoint_input, copy_tokenizer, fingerprint, load_any_tokenizer, open_checkpoint
+from stages.training.checkpoint import checkpoint_input, fingerprint, load_any_tokenizer, open_checkpoint
 from stages.training.loop import resolve_device
 
 GROUP = 64  # samples encoded at once
@@ -151,37 +150,33 @@ def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split:
         return sum(entry.nsamples for entry in finished.shardlist)
     plan, before = plan_outputs(loaded, data), data.fields
     own = {output: tokenizer for output, (tokenizer, _) in plan.items()}
-    with tempfile.TemporaryDirectory(prefix="mmgen-") as temporary:
-        travelling = dict(data.tokenizers)
-        for tokenizer in loaded:
-            travelling[tokenizer.travelling_name] = Path(temporary) / tokenizer.travelling_name
-            copy_tokenizer(tokenizer.folder, travelling[tokenizer.travelling_name])
-        with ShardWriter(
-            folder,
-            name=data.index["name"],
-            samples_per_shard=max(entry["nsamples"] for entry in data.index["shardlist"]),
-            split=split or data.index["split"],
-            provenance={
-                "stage": "tokenize",
-                "licence": data.provenance.get("licence"),
-                "tokenizers": {tokenizer.name: tokenizer.fingerprint for tokenizer in loaded},
-                "input": {"fingerprint": data.fingerprint, "provenance": data.provenance},
-            },
-            tokenizers=travelling,
-            field_tokenizers={name: entry["tokenizer"] for name, entry in before.items() if entry["tokenizer"]}
-            | {output: tokenizer.fingerprint for output, tokenizer in own.items()},
-            codebook_sizes={name: entry["codebook_size"] for name, entry in before.items() if entry.get("codebook_size")}
-            | {output: size for output, tokenizer in own.items() if (size := _codebook_size(tokenizer.part)) is not None},
-            resume=run.resuming,
-            rank=ranks.rank(),
-            ranks=ranks.size(),
-            wait=ranks.wait,
-        ) as writer:
-            size = min(len(data), options.limit or len(data))
-            for part in writer.parts(size, writer.samples_per_shard):
-                for sample in _encoded(data, plan, part, run):
-                    writer.write(sample)
-                run.status(step=part.stop, of=size, message=split)
+    travelling = data.tokenizers | {tokenizer.travelling_name: tokenizer.folder for tokenizer in loaded}
+    with ShardWriter(
+        folder,
+        name=data.index["name"],
+        samples_per_shard=max(entry["nsamples"] for entry in data.index["shardlist"]),
+        split=split or data.index["split"],
+        provenance={
+            "stage": "tokenize",
+            "licence": data.provenance.get("licence"),
+            "tokenizers": {tokenizer.name: tokenizer.fingerprint for tokenizer in loaded},
+            "input": {"fingerprint": data.fingerprint, "provenance": data.provenance},
+        },
+        tokenizers=travelling,
+        field_tokenizers={name: entry["tokenizer"] for name, entry in before.items() if entry["tokenizer"]}
+        | {output: tokenizer.fingerprint for output, tokenizer in own.items()},
+        codebook_sizes={name: entry["codebook_size"] for name, entry in before.items() if entry.get("codebook_size")}
+        | {output: size for output, tokenizer in own.items() if (size := _codebook_size(tokenizer.part)) is not None},
+        resume=run.resuming,
+        rank=ranks.rank(),
+        ranks=ranks.size(),
+        wait=ranks.wait,
+    ) as writer:
+        size = min(len(data), options.limit or len(data))
+        for part in writer.parts(size, writer.samples_per_shard):
+            for sample in _encoded(data, plan, part, run):
+                writer.write(sample)
+            run.status(step=part.stop, of=size, message=split)
     data.note_left_out(ranks.gathered(data.left_out))
     if run.rank == 0:
         run.say(f"{split + ': ' if split else ''}{data.write_bad_samples(folder / META)}")

@@ -32,7 +32,7 @@ from stages.data.sample import Encoded, Sample, check_key, decode_value, encode_
 from stages.data.stream import stream_shards
 from stages.data.tar_format import END_OF_ARCHIVE, Walk, member_bytes, walk
 from stages.errors import DataError, UsageError, nearest
-from stages.files import replace_folder, sync, sync_folder, write_atomic
+from stages.files import copy_tokenizer, sync, sync_folder, write_atomic
 
 __all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards"]
 
@@ -278,11 +278,7 @@ class ShardWriter:
                 raise DataError(f"key '{twice[0]}': written in two tars; keys are unique over a set")
             seen.update(record["keys"])
         for folder, source in sorted(self.tokenizers.items()):
-            copy = self._unfinished / folder
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("state", "metrics.jsonl", "status.json"))
-            (self.out / META / "tokenizers").mkdir(exist_ok=True)
-            replace_folder(copy, self.out / META / "tokenizers" / folder)
+            copy_tokenizer(source, self.out / META / "tokenizers" / folder)
         entries = [ShardEntry.model_validate(record["entry"]) for record in records]
         self.num_written = sum(entry.nsamples for entry in entries)
         ShardIndex(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,14 +22,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from stages.errors import DataError, UsageError
-from stages.files import replace_folder, write_atomic
+from stages.files import copy_tokenizer, write_atomic
 from stages.model import Model, build_model, count_parameters, covers
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.recipe import Recipe, Stage, load_recipe
 
 WEIGHTS = "model.safetensors"
-TRAVELS = (WEIGHTS, "config.json", "recipe.toml", "README.md", "tokenizer.json", "tokenizer_config.json")
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -129,17 +127,6 @@ def fingerprint(folder: Path) -> str:
     sections = {key: recipe.source.get(key) for key in ("autoencoders", "encoders", "backbones", "ports") if recipe.source.get(key)}
     digest.update(json.dumps(sections, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files of a tokenizer that its users need, into another folder, whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in TRAVELS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
-    replace_folder(partial, target)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
