@@ -251,7 +251,7 @@ def recipe_names() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list[str] | None = None) -> Recipe:
-    """Read a shipped recipe by name, or a file, at one size (default small; a resolved recipe keeps its own).
+    """Read a shipped recipe by its name (a string), or a file or checkpoint folder, at one size (default small; a resolved recipe keeps its own).
 
     sets: `address=value` strings, values in TOML. Raises RecipeError with the key, its line, and the nearest valid name.
     """
@@ -296,8 +296,8 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
 
 def _find(name_or_path: str | Path) -> Path:
     names = recipe_names()
-    if str(name_or_path) in names:
-        return names[str(name_or_path)]
+    if isinstance(name_or_path, str) and name_or_path in names:  # a Path is a path: a run of llava may well be in ./llava
+        return names[name_or_path]
     path = Path(name_or_path)
     if path.is_dir() and (path / "recipe.toml").is_file():
         return path / "recipe.toml"

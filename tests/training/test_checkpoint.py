@@ -111,6 +111,13 @@ def test_a_folder_that_is_no_checkpoint_is_the_users_mistake(tmp_path: Path) -> 
         open_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_in_a_folder_named_like_a_recipe_is_that_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "llava")
+    monkeypatch.chdir(tmp_path)
+    assert load_model(Path("llava"))[0].recipe.name == RECIPE.name
+    assert fingerprint(Path("llava")) == fingerprint(tmp_path / "llava")
+
+
 def test_the_model_card_says_how_to_use_it(tmp_path: Path) -> None:
     card = (saved(tmp_path / "run") / "README.md").read_text()
     assert "mmgen sample" in card
