@@ -7,6 +7,7 @@ trace; the finished block is then committed clean, by a pass of its own, before 
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -182,14 +183,14 @@ class Session:
     # pictures
 
     def write_picture(
-        self, spec: SegmentSpec, sampler: SamplerConfig, grid: tuple[int, int], active: Sequence[bool], *, commit: bool
+        self, spec: SegmentSpec, sampler: SamplerConfig, grid: tuple[int, ...], active: Sequence[bool], *, commit: bool
     ) -> Tensor:
-        """Codes int64 (b, h, w) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
+        """Codes int64 (b, *grid) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
 
         commit: something is written after it, so the clean block joins the context.
         """
         port = self.model.recipe.ports[spec.port]
-        length = grid[0] * grid[1]
+        length = math.prod(grid)
         channels = None if port.is_ids else self.model.content_dim(port)
         payload = torch.zeros(length, dtype=torch.int64) if channels is None else torch.zeros(length, channels)
         parts = self.planner.block(spec, payload, grid)
@@ -217,7 +218,7 @@ class Session:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
             return content.reshape(self.b, *grid)
-        return unpatchify(content.reshape(self.b, length, -1), grid, port.patch_size)
+        return unpatchify(content.reshape(self.b, length, -1), (grid[0], grid[1]), port.patch_size)
 
     def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """One code after another, each drawn from the port's own ids only."""

@@ -224,7 +224,11 @@ def round_trip(tokenizer: Autoencoder, group: Sequence[Sample], device: torch.de
         entries = [entry for entry in group if entry.fields["image"].shape == shape]
         pictures = torch.stack([to_tensor(entry.fields["image"]) for entry in entries]).to(device)
         codes = tokenizer.encode_codes(pictures) if tokenizer.codebook_size is not None else None
-        again = tokenizer.decode_codes(codes) if codes is not None else tokenizer.decode(tokenizer.encode(pictures))
+        again = (
+            tokenizer.decode_codes(codes, tokenizer.grid(*pictures.shape[2:]))
+            if codes is not None
+            else tokenizer.decode(tokenizer.encode(pictures))
+        )
         for index, entry in enumerate(entries):
             fields = {**entry.fields, "sample.image": to_pixels(again[index])}
             if codes is not None:

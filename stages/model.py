@@ -193,7 +193,7 @@ class Model(nn.Module):
     def embed_places(self, name: str, grids: Iterable[tuple[int, ...]]) -> Tensor:
         """What a port adds to its tokens for their places in pictures of these grids: a fixed table (n, d), scaled to its contents."""
         scale = ID_PLACES if self.recipe.ports[name].is_ids else 1.0
-        return scale * torch.cat([sincos_2d((grid[-2], grid[-1]), self.backbone.config.width) for grid in grids])
+        return scale * torch.cat([sincos_2d(grid, self.backbone.config.width) for grid in grids])
 
     def predict(self, name: str, hidden: Tensor, *, whole: bool = False) -> Tensor:
         """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors."""

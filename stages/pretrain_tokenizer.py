@@ -422,7 +422,7 @@ def measure(autoencoder: Autoencoder, pictures: Pictures, count: int, device: to
         if size is not None:
             codes = autoencoder.encode_codes(images)
             counts += np.bincount(codes.flatten().cpu().numpy(), minlength=size)
-            rebuilt = autoencoder.decode_codes(codes)
+            rebuilt = autoencoder.decode_codes(codes, autoencoder.grid(*images.shape[2:]))
         else:
             latents = autoencoder.encode(images)
             total, squares, number = total + float(latents.sum()), squares + float(latents.square().sum()), number + latents.numel()

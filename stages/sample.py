@@ -8,6 +8,7 @@ prompts are taken in fixed groups of the index, so the same answers come out wha
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ class Writer:
         context = self.planner.prompt_of([SegmentSpec(port=text, text="<bos>"), *given, SegmentSpec(port=text, field="prompt")], prompt)
         sampler = self.sampler(name)
         guide = sampler.guide({"prompt"})
-        capacity = FREE_PARTS * (self.sampler(text).max_tokens + self.grid(picture)[0] * self.grid(picture)[1] + 2)
+        capacity = FREE_PARTS * (self.sampler(text).max_tokens + prod(self.grid(picture)) + 2)
         passes = [context, *([opening] * (len(guide.drops) - 1))]
         session = Session(self.model, self.planner, [Prompt(prompt.key, "free", passes)], guide, capacity, self.options.seed)
         words = SegmentSpec(port=text, field="prompt", role=Role.TARGET, drop_group="prompt")
@@ -397,17 +398,15 @@ class Writer:
             if port.content == Content.TOKEN_IDS:
                 columns += self.most_tokens(segment) if segment.role == Role.TARGET else 64
             else:
-                height, width = self.grid(segment)
-                columns += height * width + 2
+                columns += prod(self.grid(segment)) + 2
         return columns + 2
 
-    def grid(self, segment: SegmentSpec) -> tuple[int, int]:
-        """Rows and columns of a picture's tokens: what the model was trained on."""
+    def grid(self, segment: SegmentSpec) -> tuple[int, ...]:
+        """The shape of a picture's tokens, mostly rows and columns: what the model was trained on."""
         grids = self.config.get("grids", {})
         if segment.port not in grids:
             raise RecipeError(f"the checkpoint does not say how large the pictures of '{segment.port}' are")
-        height, width = grids[segment.port]
-        return height, width
+        return tuple(grids[segment.port])
 
     def decode(self, name: str, content: Tensor) -> list[np.ndarray]:
         """Codes or latents → uint8 pictures (H, W, 3)."""

@@ -226,14 +226,14 @@ def check_fingerprints(recipe: Recipe, travelling: Travelling, data: Shards) -> 
 
 
 def picture_grids(recipe: Recipe, planner: Planner, data: Shards) -> dict[str, list[int]]:
-    """Rows and columns of tokens of each port that draws, as the shards' field table says: what `sample` will draw."""
+    """The shape of a picture's tokens for each port that draws, as the shards' field table says: what `sample` will draw."""
     grids: dict[str, list[int]] = {}
     for task in recipe.tasks.values():
         for segment in task.flat():
             port = recipe.ports[segment.port]
             shape = data.fields.get(planner.field_of(segment), {}).get("shape") if segment.field and port.autoencoder else None
             if port.objective is not None and shape and None not in shape:
-                grids[segment.port] = [side // port.patch_size for side in shape[-2:]]
+                grids[segment.port] = list(shape) if port.is_ids else [side // port.patch_size for side in shape[-2:]]
     return grids
 
 

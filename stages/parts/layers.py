@@ -104,15 +104,18 @@ class TimestepEmbedding(nn.Module):
 
 
 @cache
-def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D table (h·w, width): half the width for rows, half for columns, each sin beside cos (DiT, arXiv:2212.09748)."""
+def sincos_2d(grid: tuple[int, ...], width: int) -> Tensor:
+    """Fixed 2-D table (h·w, width): half the width for rows, half for columns, each sin beside cos (DiT, arXiv:2212.09748).
+
+    A grid of (depth, h, w) has the table once for each level, a grid of (n,) is one row.
+    """
     quarter = width // 4
     frequency = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    h, w = grid
+    h, w = grid[-2:] if len(grid) > 1 else (1, grid[0])
     row, column = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (row, column)]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return F.pad(table, (0, width - 4 * quarter)).float()
+    return F.pad(table, (0, width - 4 * quarter)).float().repeat(math.prod(grid[:-2]), 1)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

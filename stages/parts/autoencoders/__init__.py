@@ -2,6 +2,7 @@
 
 from stages.parts.autoencoders.autoencoder import Autoencoder, AutoencoderConfig, Reconstruction
 from stages.parts.autoencoders.cnn import CNNConfig
+from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
 from stages.parts.autoencoders.kl_cnn import KLCNNConfig
 
 AUTOENCODERS: dict[str, type[AutoencoderConfig]] = {
@@ -9,4 +10,13 @@ AUTOENCODERS: dict[str, type[AutoencoderConfig]] = {
     "kl-cnn": KLCNNConfig,
 }
 
-__all__ = ["AUTOENCODERS", "Autoencoder", "AutoencoderConfig", "CNNConfig", "KLCNNConfig", "Reconstruction"]
+__all__ = [
+    "AUTOENCODERS",
+    "Autoencoder",
+    "AutoencoderConfig",
+    "CNNConfig",
+    "DiscreteAutoencoder",
+    "DiscreteConfig",
+    "KLCNNConfig",
+    "Reconstruction",
+]

@@ -1,6 +1,7 @@
 """What every autoencoder promises to the stages that train it, tokenize with it, and draw with it.
 
-Pictures are float (b, 3, H, W) in [-1, 1], latents (b, c, h, w), codes int64 (b, h, w) with (h, w) = grid(H, W).
+Pictures are float (b, 3, H, W) in [-1, 1], latents (b, c, h, w) with (h, w) = grid(H, W), codes int64 (b, *code_shape(H, W)): mostly
+(h, w), with depth (d, h, w) where several codes add up to a latent, or a row (n,) where they have no rows and columns.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ class Reconstruction:
 
     images: Tensor  # (b, 3, H, W)
     losses: dict[str, Tensor] = field(default_factory=dict)
-    codes: Tensor | None = None  # (b, h, w) when there is a quantizer
+    codes: Tensor | None = None  # (b, *code_shape) when there is a quantizer
 
 
 class AutoencoderConfig(PartConfig):
@@ -41,6 +42,10 @@ class AutoencoderConfig(PartConfig):
                 hint=f"import them with --size {near[0]}" if near[0] == near[1] else f"nearest sizes are {near[0]} x {near[1]}",
             )
         return height // self.downsample, width // self.downsample
+
+    def code_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the codes of one picture of that many pixels. DataError if they do not divide."""
+        return self.grid(height, width)
 
     def build(self) -> "Autoencoder":
         raise NotImplementedError
@@ -80,11 +85,14 @@ class Autoencoder(nn.Module):
         raise NotImplementedError
 
     def encode_codes(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) pictures → (b, h, w) codes. TypeError if the latents are continuous."""
+        """(b, 3, H, W) pictures → (b, *code_shape) codes. TypeError if the latents are continuous."""
         raise TypeError(f"'{self.config.kind}' has no codebook")
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """(b, h, w) codes → (b, 3, H, W) pictures. TypeError if the latents are continuous."""
+    def decode_codes(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(b, *code_shape) codes → (b, 3, H, W) pictures. TypeError if the latents are continuous.
+
+        grid: rows and columns of the latents, for codes in a row (n,) that do not show them; the square one if not given.
+        """
         raise TypeError(f"'{self.config.kind}' has no codebook")
 
     def reconstruct(self, images: Tensor, generator: Generator) -> Reconstruction:

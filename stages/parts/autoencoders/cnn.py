@@ -8,16 +8,14 @@ leave as patches, which moves the expensive first levels to a coarser grid; with
 time, so that a code says what is in its own cell and nothing about the neighbours, and fewer pictures teach a model to predict it.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
-from torch import Generator, Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
-from stages.parts.autoencoders.autoencoder import Autoencoder, AutoencoderConfig, Reconstruction
-from stages.parts.config import parse_part
-from stages.parts.quantizers import QUANTIZERS, QuantizerConfig, VQConfig
+from stages.parts.autoencoders.autoencoder import AutoencoderConfig
+from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
 
 MAX_GROUPS, CHANNELS_PER_GROUP = 32, 4  # 32 groups at published widths; narrow levels have fewer, so that a group keeps 4 channels
 
@@ -47,7 +45,7 @@ class ConvolutionalConfig(AutoencoderConfig):
         return self
 
 
-class CNNConfig(ConvolutionalConfig):
+class CNNConfig(DiscreteConfig, ConvolutionalConfig):
     """Convolutional encoder and decoder around a quantizer (VQGAN, arXiv:2012.09841). The defaults are its ImageNet model f = 16."""
 
     kind: Literal["cnn"] = "cnn"
@@ -55,53 +53,21 @@ class CNNConfig(ConvolutionalConfig):
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     attention: bool = True
     latent_channels: int = Field(default=256, ge=1)
-    quantizer: SerializeAsAny[QuantizerConfig] = VQConfig()
-    store: str = "codes"
-
-    @field_validator("quantizer", mode="before")
-    @classmethod
-    def _parse_quantizer(cls, table: Any) -> Any:
-        return parse_part(QUANTIZERS, table, "quantizer") if isinstance(table, Mapping) else table
-
-    @property
-    def codebook_size(self) -> int:
-        return self.quantizer.size
 
     def build(self) -> "CNNAutoencoder":
         return CNNAutoencoder(self)
 
 
-class CNNAutoencoder(Autoencoder):
-    """Pictures ↔ codes. Its latents are the quantized ones, as the decoder takes them."""
+class CNNAutoencoder(DiscreteAutoencoder):
+    encoder: "Encoder"
+    decoder: "Decoder"
 
     def __init__(self, config: CNNConfig) -> None:
-        super().__init__()
-        self.config: CNNConfig = config
-        self.encoder = Encoder(config, config.latent_channels)
-        self.quantizer = config.quantizer.build(config.latent_channels)
-        self.decoder = Decoder(config)
+        super().__init__(config, Encoder(config, config.latent_channels), Decoder(config))
 
     @property
     def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.lookup(self.encode_codes(images))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
-
-    def encode_codes(self, images: Tensor) -> Tensor:
-        self.grid(*images.shape[2:])
-        return self.quantizer.quantize(self.encoder(images)).codes
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        return self.decoder(self.quantizer.lookup(codes))
-
-    def reconstruct(self, images: Tensor, generator: Generator) -> Reconstruction:
-        self.grid(*images.shape[2:])
-        quantized = self.quantizer.quantize(self.encoder(images), generator)
-        return Reconstruction(self.decoder(quantized.quantized), quantized.losses, quantized.codes)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

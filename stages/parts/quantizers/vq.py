@@ -91,7 +91,7 @@ class VQ(Quantizer):
             quantized = self.project_out(straight.view(b, h, w, d).permute(0, 3, 1, 2))
         return Quantized(quantized, codes.view(b, h, w), losses)
 
-    def lookup(self, codes: Tensor) -> Tensor:
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         with torch.autocast(codes.device.type, enabled=False):
             return self.project_out(F.embedding(codes, self.codes_to_use()).permute(0, 3, 1, 2))
 
