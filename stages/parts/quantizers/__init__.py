@@ -2,6 +2,7 @@
 
 from stages.parts.quantizers.bsq import BSQConfig
 from stages.parts.quantizers.fsq import FSQConfig
+from stages.parts.quantizers.ibq import IBQConfig
 from stages.parts.quantizers.lfq import LFQConfig
 from stages.parts.quantizers.multi_scale import MultiScaleConfig
 from stages.parts.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
@@ -15,12 +16,14 @@ QUANTIZERS: dict[str, type[QuantizerConfig]] = {
     "fsq": FSQConfig,
     "lfq": LFQConfig,
     "bsq": BSQConfig,
+    "ibq": IBQConfig,
 }
 
 __all__ = [
     "QUANTIZERS",
     "BSQConfig",
     "FSQConfig",
+    "IBQConfig",
     "LFQConfig",
     "MultiScaleConfig",
     "Quantized",

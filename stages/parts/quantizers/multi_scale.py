@@ -10,6 +10,7 @@ of the distance between latents and partial sums: weighted towards the latents (
 the last, rounded, at least 1; codes are in the order of scales, each row by row.
 """
 
+import itertools
 from typing import Literal
 
 import torch
@@ -36,7 +37,7 @@ class MultiScaleConfig(CodebookConfig):
     @field_validator("sides")
     @classmethod
     def _sides_grow(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
-        if sides[0] < 1 or any(later <= earlier for earlier, later in zip(sides, sides[1:], strict=False)):
+        if sides[0] < 1 or any(later <= earlier for earlier, later in itertools.pairwise(sides)):
             raise ValueError("sides must grow from 1 or more")
         return sides
 

@@ -28,15 +28,14 @@ class VQConfig(CodebookConfig):
 
 class VQ(CodebookQuantizer):
     def codes_to_use(self) -> Tensor:
-        """(k, d) codebook as compared and looked up: of unit length when l2_normalize."""
+        """(k, d) codebook as compared: of unit length when l2_normalize."""
         return F.normalize(self.codebook, dim=-1) if self.unit_length else self.codebook
 
     def assign(self, rows: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if self.unit_length:
             rows = F.normalize(rows, dim=-1)
-        codebook = self.codes_to_use()
-        codes = nearest_codes(rows.detach(), codebook.detach())
-        chosen = F.embedding(codes, codebook)
+        codes = nearest_codes(rows.detach(), self.codes_to_use().detach())
+        chosen = self.vectors(codes)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(rows, chosen.detach())}
         if not self.config.decay:
             losses["codebook"] = F.mse_loss(chosen, rows.detach())
@@ -45,4 +44,5 @@ class VQ(CodebookQuantizer):
         return straight_through(chosen, rows), codes, losses
 
     def vectors(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.codes_to_use())
+        chosen = F.embedding(codes, self.codebook)
+        return F.normalize(chosen, dim=-1) if self.unit_length else chosen
