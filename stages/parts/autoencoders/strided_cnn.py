@@ -126,7 +126,7 @@ class Hierarchy(Quantizer):
     """
 
     def __init__(self, config: StridedCNNConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # its two quantizers project and count
         self.codebook_size, dim = config.quantizer.size, config.latent_channels // 2
         self.encode_top = downwards(config, config.channels, 2)
         self.to_top, self.to_bottom = nn.Conv2d(config.channels, dim, 1), nn.Conv2d(config.channels + dim, dim, 1)
@@ -149,9 +149,9 @@ class Hierarchy(Quantizer):
         return self._together(self.top.lookup(top.unflatten(1, (h // 2, w // 2))), self.bottom.lookup(bottom.unflatten(1, (h, w))))
 
     def health(self) -> dict[str, float]:
-        """The worse perplexity of the two codebooks; the dead codes of both."""
+        """The mean of the two perplexities; the dead codes of both codebooks."""
         top, bottom = self.top.health(), self.bottom.health()
-        return {name: min(value, bottom[name]) if name == "perplexity" else value + bottom[name] for name, value in top.items()}
+        return {name: (value + bottom[name]) / (2 if name == "perplexity" else 1) for name, value in top.items()}
 
     def _together(self, top: Tensor, bottom: Tensor) -> Tensor:
         return torch.cat([self.upsample_top(top), bottom], dim=1)
