@@ -77,7 +77,8 @@ def _describe_shards(shards: Shards) -> Description:
     for name, info in shards.fields.items():
         shape = "" if info["shape"] is None else " x ".join("?" if size is None else str(size) for size in info["shape"])
         tokenizer = f"  by tokenizer {info['tokenizer'][:8]}" if info["tokenizer"] else ""
-        lines.append(f"  {name:<{width}}  .{info['suffix'] or '?':<5}{info['dtype'] or '?':<9}{shape}{tokenizer}".rstrip())
+        vocabulary = f"  of {info['codebook_size']:,} codes" if info.get("codebook_size") else ""
+        lines.append(f"  {name:<{width}}  .{info['suffix'] or '?':<5}{info['dtype'] or '?':<9}{shape}{vocabulary}{tokenizer}".rstrip())
     if shards.splits():
         lines.append(f"split       {', '.join(shards.splits())}")
     if shards.tokenizers:

@@ -383,7 +383,14 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
             hint=f"autoencoders.{plan.autoencoder}.quantizer: revive = 0.03 moves unused codes, decay = 0.99 makes the codebook follow",
         )
     tensors = {name: value for name, value in learner.state_dict().items() if name.startswith("autoencoders.")}
-    facts = {"steps": ledger.total_step, "samples": ledger.samples, "seed": options.seed, "ema": bool(averages), **numbers}
+    facts = {
+        "picture_size": list(pictures.shape[:2]),
+        "steps": ledger.total_step,
+        "samples": ledger.samples,
+        "seed": options.seed,
+        "ema": bool(averages),
+        **numbers,
+    }
     save_checkpoint(run.out, recipe, tensors, facts=facts)
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items() if name != "codes")
     run.finish("stopped" if stopped else "done", f"{ledger.total_step} of {all_steps} steps; {shown}")

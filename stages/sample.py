@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages import ranks
-from stages.data.sample import Sample
+from stages.data.sample import Sample, decode_image
 from stages.data.shards import Shards, ShardWriter, open_shards, stream_shards
 from stages.data.stream import spool_folder
 from stages.decoding import Prompt, Session, store_by_column
@@ -430,10 +430,10 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
     fields: dict[str, Any] = {}
     if image is not None:
         try:
-            with Image.open(image) as picture:
-                fields["image"] = np.array(picture.convert("RGB"))
-        except OSError as error:
-            raise DataError(f"{image}: not a picture that can be read ({error})") from None
+            fields["image"] = decode_image(image.read_bytes())
+        except (DataError, OSError) as error:
+            reason = error.message if isinstance(error, DataError) else (error.strerror or str(error))
+            raise DataError(f"{image}: {reason}") from None
     if prompt is not None and writer.asked == [FREE]:
         fields["prompt"] = prompt
     elif prompt is not None:

@@ -1,13 +1,15 @@
 """tokenize: run each tokenizer once over the shards, and write its codes, latents or token ids beside what is there.
 
-Every field passes through byte for byte; each picture gets `<field>.codes` (h, w) or `<field>.latents` (c, h, w), each plain text
-`<field>.ids` (n,). Latents are float16 and scaled: the mean of the posterior, shifted and scaled to unit variance as the autoencoder
+Every field passes through byte for byte; each picture gets `<field>.codes` in the tokenizer's own shape, (h, w), (depth, h, w) or a row
+(n,), or `<field>.latents` (c, h, w); each plain text `<field>.ids` (n,). Latents are float16 and scaled: the mean of the posterior, shifted and scaled to unit variance as the autoencoder
 was measured, which is what `decode` takes. The index says by fingerprint which tokenizer wrote a field, and the tokenizers travel with
-the data. Splits are mirrored. Samples are encoded in fixed groups of the index, so a run that was killed goes on to the same bytes.
+the data. Splits are mirrored. Samples are encoded in fixed groups of the index, so a run that was killed goes on to the same bytes;
+the next group is read and decoded while one is encoded.
 """
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from stages import ranks
+from stages.ahead import ahead
 from stages.data.index import META, checked_index
 from stages.data.sample import IMAGE_FORMATS, Sample
 from stages.data.shards import Shards, ShardWriter, finished_set, open_shards, split_folders, stream_shards
@@ -26,12 +29,13 @@ from stages.metrics.psnr import psnr
 from stages.options import RunOptions
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.tokenizers import TextTokenizer
-from stages.parts.views.square import to_pixels, to_tensor
+from stages.parts.views.square import to_batch, to_pixels
 from stages.run import Run
 from stages.training.checkpoint import checkpoint_input, fingerprint, load_any_tokenizer, open_checkpoint
 from stages.training.loop import resolve_device
 
-GROUP = 64  # samples encoded at once
+GROUP = 64  # samples encoded at once, and fewer where
+PIXELS = 64 * 128 * 128  # their pictures together have as many, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ class Loaded:
     def output(self, field: str) -> str:
         """The field it writes for a field it reads."""
         return f"{field}.ids" if isinstance(self.part, TextTokenizer) else f"{field}.{self.part.config.store}"
+
+    def look(self, sample: Sample, field: str) -> Any:
+        """What it encodes of a sample: the text, or the picture as its recipe shows it.
+
+        DataError names the sample whose picture does not divide into the autoencoder's grid.
+        """
+        value = sample.fields[field]
+        if isinstance(self.part, TextTokenizer):
+            return value
+        try:
+            picture = value if self.view is None else self.view.apply(value)
+            self.part.grid(*picture.shape[:2])
+        except DataError as error:
+            raise DataError(f"{sample.source}: {sample.key}: field '{field}': {error.message}", hint=error.hint) from None
+        return picture
 
     def reads(self, shards: Shards) -> list[str]:
         """The fields of these shards that it encodes. UsageError where there are none."""
@@ -120,7 +139,10 @@ def load_tokenizer_folder(folder: Path, device: str) -> Loaded:
             hint="`mmgen pretrain-tokenizer` writes them",
         )
     views = [port.view for port in recipe.ports.values() if port.autoencoder == names[0] and port.view is not None]
-    return Loaded(names[0], folder, fingerprint(folder), load_any_tokenizer(folder, device), views[0] if views else None)
+    part = load_any_tokenizer(folder, device)
+    if isinstance(part, Autoencoder):
+        part.to(memory_format=torch.channels_last)  # up to 1.4 times as fast on a CPU
+    return Loaded(names[0], folder, fingerprint(folder), part, views[0] if views else None)
 
 
 def plan_outputs(loaded: Sequence[Loaded], shards: Shards) -> dict[str, tuple[Loaded, str]]:
@@ -174,9 +196,13 @@ def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split:
     ) as writer:
         size = min(len(data), options.limit or len(data))
         for part in writer.parts(size, writer.samples_per_shard):
-            for sample in _encoded(data, plan, part, run):
-                writer.write(sample)
-            run.status(step=part.stop, of=size, message=split)
+            with closing(ahead(read_groups(data, plan, part))) as groups:
+                for group in groups:
+                    if run.stopping:
+                        run.raise_stop()
+                    for sample in _encoded(group, plan):
+                        writer.write(sample)
+                    run.status(step=group.stop, of=size, message=split)
     data.note_left_out(ranks.gathered(data.left_out))
     if run.rank == 0:
         run.say(f"{split + ': ' if split else ''}{data.write_bad_samples(folder / META)}")
@@ -187,53 +213,60 @@ def _codebook_size(part: TextTokenizer | Autoencoder) -> int | None:
     return None if isinstance(part, TextTokenizer) else part.codebook_size
 
 
-def _encoded(data: Shards, plan: Mapping[str, tuple[Loaded, str]], part: range, run: Run) -> Iterator[Sample]:
-    """The samples of a stretch of the index with their new fields. Bad samples are left out and accounted for."""
+@dataclass(frozen=True)
+class Group:
+    """Samples that are encoded at once, as they are in the tar; what is shown of them for each new field; and where in the index they end."""
+
+    samples: list[Sample]
+    shown: dict[str, list[Any]]
+    stop: int
+
+
+def read_groups(data: Shards, plan: Mapping[str, tuple[Loaded, str]], part: range) -> Iterator[Group]:
+    """A stretch of the index, read and decoded. Bad samples are left out and accounted for."""
     reads = sorted({field for _, field in plan.values()})
-    for start in range(part.start, part.stop, GROUP):
-        if run.stopping:
-            run.raise_stop()
-        decoded = {i: sample for i in range(start, min(start + GROUP, part.stop)) if (sample := data.read_or_skip(i, reads)) is not None}
-        outputs = {output: encode(tokenizer, list(decoded.values()), field) for output, (tokenizer, field) in plan.items()}
-        for place, i in enumerate(decoded):
-            unchanged = data.read_encoded(i)
-            made = {output: values[place] for output, values in outputs.items()}
-            yield Sample(unchanged.key, unchanged.fields | made, unchanged.source)
+    samples: list[Sample] = []
+    shown: dict[str, list[Any]] = {output: [] for output in plan}
+    pixels = 0
+    for i in part:
+        decoded = data.read_or_skip(i, reads)
+        if decoded is not None:
+            samples.append(data.read_encoded(i))
+            for output, (tokenizer, field) in plan.items():
+                shown[output].append(tokenizer.look(decoded, field))
+            pixels += max((look[-1].size // 3 for look in shown.values() if isinstance(look[-1], np.ndarray)), default=0)
+        if len(samples) == GROUP or pixels >= PIXELS or i + 1 == part.stop:
+            yield Group(samples, shown, i + 1)
+            samples, shown, pixels = [], {output: [] for output in plan}, 0
 
 
-@torch.no_grad()
-def encode(tokenizer: Loaded, samples: Sequence[Sample], field: str) -> list[np.ndarray]:
-    """What one tokenizer makes of one field of each sample: int32 ids (n,), int32 codes (h, w) or float16 latents (c, h, w).
+def _encoded(group: Group, plan: Mapping[str, tuple[Loaded, str]]) -> Iterator[Sample]:
+    """The samples of a group with their new fields."""
+    outputs = {output: encode(tokenizer, group.shown[output]) for output, (tokenizer, _) in plan.items()}
+    for place, sample in enumerate(group.samples):
+        yield Sample(sample.key, sample.fields | {output: values[place] for output, values in outputs.items()}, sample.source)
 
-    DataError names the sample whose picture does not divide into the autoencoder's grid.
-    """
+
+@torch.inference_mode()
+def encode(tokenizer: Loaded, shown: Sequence[Any]) -> list[np.ndarray]:
+    """What a tokenizer makes of texts or of pictures (H, W, 3) of any sizes: int32 ids or codes, or float16 latents (c, h, w), of each."""
     part = tokenizer.part
     if isinstance(part, TextTokenizer):
-        return [np.array(ids, np.int32) for ids in part.encode_batch([sample.fields[field] for sample in samples])]
-    device = part.last_layer.device
+        return [np.array(ids, np.int32) for ids in part.encode_batch(list(shown))]
     by_size: dict[tuple[int, ...], list[int]] = {}
-    pictures = []
-    for place, sample in enumerate(samples):
-        picture = sample.fields[field] if tokenizer.view is None else tokenizer.view.apply(sample.fields[field])
-        try:
-            part.grid(*picture.shape[:2])
-        except DataError as error:
-            raise DataError(f"{sample.source}: {sample.key}: field '{field}': {error.message}", hint=error.hint) from None
-        pictures.append(to_tensor(picture))
+    for place, picture in enumerate(shown):
         by_size.setdefault(picture.shape, []).append(place)
-    outputs: list[np.ndarray] = [np.empty(0)] * len(samples)
+    outputs: list[np.ndarray] = [np.empty(0)] * len(shown)
     for places in by_size.values():
-        images = torch.stack([pictures[place] for place in places]).to(device)
-        if part.codebook_size is not None:
-            found = part.encode_codes(images).to(torch.int32)
-        else:
-            found = part.encode(images).to(torch.float16)
+        images = to_batch([shown[place] for place in places]).to(part.last_layer.device)
+        discrete = part.codebook_size is not None
+        found = part.encode_codes(images).to(torch.int32) if discrete else part.encode(images).to(torch.float16)
         for place, value in zip(places, found.cpu().numpy(), strict=True):
             outputs[place] = value
     return outputs
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _report_check(folder: Path, loaded: Sequence[Loaded], count: int, split: str, run: Run) -> None:
     """Decode the first samples again, from the shards as they are on the disk."""
     written = open_shards(str(folder))
@@ -254,8 +287,9 @@ def _report_check(folder: Path, loaded: Sequence[Loaded], count: int, split: str
             scores = []
             for sample in samples:
                 value = torch.from_numpy(sample.fields[output]).unsqueeze(0).to(part.last_layer.device)
-                image = part.decode_codes(value.long()) if part.codebook_size is not None else part.decode(value.float())
-                picture = sample.fields[field] if tokenizer.view is None else tokenizer.view.apply(sample.fields[field])
+                picture = tokenizer.look(sample, field)
+                grid = part.grid(*picture.shape[:2])
+                image = part.decode_codes(value.long(), grid) if part.codebook_size is not None else part.decode(value.float())
                 scores.append(psnr(to_pixels(image[0]), picture))
             run.say(f"check {where}{output}: PSNR {np.mean(scores):.2f} dB over {len(scores)} pictures")
             run.log(split=split, field=output, checked=len(scores), psnr=float(np.mean(scores)))

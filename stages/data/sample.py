@@ -3,10 +3,10 @@
 A sample is a key and named fields. Field `image.codes` of the sample `000017` is the member `000017.image.codes.npy`: the key ends at
 the first dot, the format is what follows the last one, the field's name is in between. Four kinds of value exist:
 
-    picture   .png .jpg .jpeg .webp    uint8 array (H, W, 3), RGB; written as PNG
-    text      .txt                     str, UTF-8
-    data      .json                    list, dict, number or bool
-    array     .npy                     array of numbers (bool, int, uint, float), little-endian, never pickled
+    picture   .png .jpg .jpeg .webp .gif    uint8 array (H, W, 3), RGB; written as PNG
+    text      .txt                          str, UTF-8
+    data      .json                         list, dict, number or bool
+    array     .npy                          array of numbers (bool, int, uint, float), little-endian, never pickled
 
 Members written by others often have no field name (`000017.jpg`, `000017.txt`); they get the name in `BARE_FIELDS`.
 Nothing in a sample is trusted: every size is compared with a cap, or with the bytes that are really there, before memory is taken,
@@ -28,13 +28,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from stages.errors import DataError
 
-IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp")
+IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp", "gif")
 FORMATS = (*IMAGE_FORMATS, "txt", "json", "npy")
 BARE_FIELDS = {**dict.fromkeys(IMAGE_FORMATS, "image"), "txt": "caption", "json": "meta", "npy": "array"}
 # the last word of a field that is always an array, even where its shape could be a picture's
@@ -303,7 +304,10 @@ def _picture_header(data: bytes) -> _PictureHeader:
         if chunk == b"VP8 ":
             width, height = struct.unpack_from("<HH", data, 26)
             return _PictureHeader("webp", width & 0x3FFF, height & 0x3FFF, True)
-    raise DataError(f"not a PNG, JPEG or WebP picture: starts with {bytes(data[:12])!r}")
+    if data[:6] in (b"GIF87a", b"GIF89a") and len(data) >= 10:
+        width, height = struct.unpack_from("<HH", data, 6)
+        return _PictureHeader("gif", width, height, True)
+    raise DataError(f"not a PNG, JPEG, WebP or GIF picture: {'it is empty' if not data else f'starts with {bytes(data[:12])!r}'}")
 
 
 def _jpeg_header(data: bytes) -> _PictureHeader:
@@ -332,13 +336,16 @@ def image_shape(data: bytes) -> tuple[int, int, int]:
                 if _orientation(picture) >= 5:  # a quarter turn, with or without a mirror
                     width, height = height, width
         except _DECODER_ERRORS as error:
-            raise DataError(f"{form} picture of {width} x {height} pixels cannot be opened: {error}") from None
+            raise DataError(f"{form} picture of {width} x {height} pixels cannot be opened: {str(error) or 'it is damaged'}") from None
     return height, width, 3
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """The picture as a viewer shows it: uint8 (H, W, 3), RGB, turned by its EXIF orientation, on white where it is transparent,
-    the first frame where it moves. Raises DataError, before decoding where the declared size exceeds MAX_PIXELS."""
+    the first frame where it moves, 16 bits a channel as the nearest of 256 levels (in colour and beside an alpha channel as the high byte).
+    Colour profiles are left aside: numbers are taken for sRGB. Raises DataError, before decoding where the declared size exceeds
+    MAX_PIXELS.
+    """
     form, width, height, plain = _picture_header(data)
     if width * height > MAX_PIXELS:
         raise DataError(f"picture of {width:,} x {height:,} pixels, the cap is {MAX_PIXELS:,} pixels")
@@ -349,12 +356,13 @@ def decode_image(data: bytes) -> np.ndarray:
             picture.load()
             return np.array(_as_shown(picture, turned=not plain))
     except _DECODER_ERRORS as error:
-        raise DataError(f"{form} picture of {width} x {height} pixels cannot be decoded: {error}") from None
+        raise DataError(f"{form} picture of {width} x {height} pixels cannot be decoded: {str(error) or 'it is damaged'}") from None
 
 
 # decoders meet hostile bytes with whatever their parsers raise
 _DECODER_ERRORS = (
     OSError,
+    AssertionError,
     ValueError,
     SyntaxError,
     TypeError,
@@ -371,8 +379,23 @@ def _open_picture(form: str, data: bytes) -> Image.Image:
     # by class, because Image.open would offer the bytes to some forty formats that are no part of a shard
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of a broken EXIF block, which a viewer ignores
         if form == "png":
-            return PngImageFile(io.BytesIO(data))
-        return JpegImageFile(io.BytesIO(data)) if form == "jpg" else WebPImageFile(io.BytesIO(data))
+            return _png(data)
+        if form == "webp":
+            if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+                raise OSError("image file is truncated")
+            return WebPImageFile(io.BytesIO(data))
+        return JpegImageFile(io.BytesIO(data)) if form == "jpg" else GifImageFile(io.BytesIO(data))
+
+
+def _png(data: bytes) -> PngImageFile:
+    """Pillow scales grey of 2 and 4 bits to 8, and colour of 16, but leaves the value that means transparent in the file's own bits."""
+    picture, depth = PngImageFile(io.BytesIO(data)), data[24]
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int) and picture.mode == "L":
+        picture.info["transparency"] = transparent * 255 // (2**depth - 1)
+    elif isinstance(transparent, tuple) and depth == 16:
+        picture.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return picture
 
 
 @functools.cache
@@ -390,7 +413,10 @@ def _fast_jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
         return None
 
     def decode_jpeg(data: bytes) -> np.ndarray:
-        pixels = operator(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)  # 3 = RGB
+        try:
+            pixels = operator(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)  # 3 = RGB
+        except RuntimeError as error:  # "decode_jpeg, FILE:LINE, REASON" and perhaps a stack
+            raise OSError(str(error).partition("\n")[0].rpartition(", ")[2]) from None
         return pixels.permute(1, 2, 0).contiguous().numpy()
 
     return decode_jpeg
@@ -425,9 +451,18 @@ def _as_shown(picture: Image.Image, *, turned: bool) -> Image.Image:
         picture.info = info  # the colour that means transparent stays with it
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow does for 16-bit RGB; convert() would clip instead
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.mode.startswith("I"):
+        return _sixteen_bit_grey(picture)
     if picture.has_transparency_data:
         shown = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
     return picture.convert("RGB")
+
+
+def _sixteen_bit_grey(picture: Image.Image) -> Image.Image:
+    """The nearest of 256 levels, 65,535 / 257 = 255, where convert() would clip; the level that means transparent is white."""
+    levels = np.asarray(picture).astype(np.uint32).clip(0, 65535)
+    grey = ((levels * 255 + 32_895) >> 16).astype(np.uint8)  # levels / 257, rounded
+    if "transparency" in picture.info:
+        grey[levels == picture.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from stages.errors import DataError, UsageError
 from stages.files import copy_tokenizer, write_atomic
 from stages.model import Model, build_model, count_parameters, covers
-from stages.parts.autoencoders import Autoencoder
+from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.recipe import Recipe, Stage, load_recipe
 
@@ -287,14 +288,32 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     }
     for name, config in checkpoint.recipe.autoencoders.items():
         if f"autoencoders.{name}" in parts:
-            described["tokenizer"] = {
-                "downsample": config.downsample,
-                "latent_channels": config.latent_channels,
-                "codebook_size": config.codebook_size,
-            }
+            described["tokenizer"] = describe_autoencoder(config, checkpoint.config.get("picture_size"))
     if (folder / "tokenizer.json").is_file():
         described["tokenizer"] = {"vocab_size": load_tokenizer(folder).vocab_size}
     return described
+
+
+def describe_autoencoder(config: AutoencoderConfig, picture_size: Sequence[int] | None) -> dict[str, Any]:
+    """What an image tokenizer makes of a picture, with numbers for pictures of the size (H, W) it was trained on where that is known.
+
+    `bits_per_pixel`: each code is worth log2 of the vocabulary. Latents are real numbers, counted as `floats_per_pixel`.
+    """
+    described: dict[str, Any] = {
+        "downsample": config.downsample,
+        "latent_channels": config.latent_channels,
+        "codebook_size": config.codebook_size,
+    }
+    if picture_size is None:
+        return described
+    height, width = picture_size
+    grid = config.grid(height, width)
+    described |= {"picture_size": [height, width], "grid": list(grid)}
+    if config.codebook_size is None:
+        return described | {"floats_per_pixel": round(config.latent_channels * math.prod(grid) / (height * width), 6)}
+    shape = config.code_shape(height, width)
+    bits = math.prod(shape) * math.log2(config.codebook_size)
+    return described | {"code_shape": list(shape), "codes": math.prod(shape), "bits_per_pixel": round(bits / (height * width), 6)}
 
 
 def count_addresses(model: nn.Module) -> dict[str, int]:

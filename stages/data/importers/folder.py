@@ -2,7 +2,7 @@
 
 Captions come from one table (`captions.csv`, `.tsv` or `.jsonl`, also under the name `metadata`, or the table itself as SOURCE), or from a file
 beside each picture: `cat.txt`, or `cat.json` with a caption. Where one picture has a caption, one without is a bad file; with none, the data set
-is pictures only. Pictures that all have one format keep their bytes unless they are resized.
+is pictures only. Pictures that all have one format keep their bytes unless they are resized; of a moving one the first frame is the picture.
 """
 
 import csv
@@ -29,6 +29,7 @@ from stages.errors import DataError, UsageError
 
 TABLE_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # and what separates their columns
 TABLE_NAMES = ("captions", "metadata")
+OTHER_PICTURES = ("bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")  # told of, not passed over in silence
 FILE_COLUMNS = ("file", "image", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "text")
 
@@ -38,7 +39,7 @@ Row = BadFile | tuple[Path, str | None]  # a picture, and its caption if a table
 def samples(source: str, *, size: int = 0, fit: str = "crop", val_fraction: float = 0.05) -> RawData:
     """Pictures in a folder, captioned by a .txt or .json beside each, or by one captions.csv, .tsv or .jsonl; or not at all.
 
-    A table has a column file (or image, file_name) and a column caption (or text). Files that are not pictures count as bad samples.
+    A table has a column file (or image, file_name) and a column caption (or text). Pictures are PNG, JPEG, WebP or GIF (its first frame); others count as bad samples, as damaged ones do.
 
     size: resize to this many pixels square; 0 keeps the pictures as they are
     fit: crop (fill the square) or pad (keep all of the picture, on white)
@@ -106,11 +107,14 @@ def samples(source: str, *, size: int = 0, fit: str = "crop", val_fraction: floa
 
 
 def _pair_pictures(found: list[Path]) -> Iterator[Row]:
-    """The pictures among some files, each to be captioned by the file beside it, or none of them."""
+    """The pictures among some files, each to be captioned by the file beside it, or none of them; bad ones where mmgen lacks the format."""
     pictures = [path for path in found if path.suffix.lower().lstrip(".") in IMAGE_FORMATS]
     captioned = any(_caption_file(path) for path in pictures)
     for path in pictures:
         yield BadFile(str(path), "no caption (.txt or .json) beside it") if captioned and not _caption_file(path) else (path, None)
+    for path in found:
+        if (form := path.suffix.lower().lstrip(".")) in OTHER_PICTURES:
+            yield BadFile(str(path), f"a .{form} picture; mmgen reads {', '.join(IMAGE_FORMATS)}")
 
 
 def path_of(path: Path, root: Path) -> str:

@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image
 
 from stages.data.sample import Sample
-from stages.errors import UsageError, nearest
+from stages.errors import DataError, UsageError, nearest
 
 MAX_FILE_BYTES = 256 * 1024 * 1024  # of one raw file; a larger one is told to be bad before it is read
+MAX_SCALED_PIXELS = 256 * 1024 * 1024  # of a picture before it is cut; a strip of 1 x 60,000 pixels would fill the memory
 FITS = ("crop", "pad")
 
 
@@ -70,11 +71,13 @@ def check_fit(size: int, fit: str) -> None:
 def fit_square(image: np.ndarray, size: int, fit: str) -> np.ndarray:
     """The picture as size x size pixels: scaled to cover the square and cut in the middle (`crop`), or scaled into it on white (`pad`).
 
-    image: uint8 (H, W, 3). Lanczos filter, antialiased.
+    image: uint8 (H, W, 3). Lanczos filter, antialiased. DataError where it is so long and thin that covering the square takes too much memory.
     """
     height, width = image.shape[:2]
     scale = size / (min(height, width) if fit == "crop" else max(height, width))
     scaled_height, scaled_width = max(1, round(height * scale)), max(1, round(width * scale))
+    if scaled_height * scaled_width > MAX_SCALED_PIXELS:
+        raise DataError(f"a picture of {height} x {width} pixels is too long and thin to fill a square; --fit pad keeps all of it")
     scaled = np.asarray(Image.fromarray(image).resize((scaled_width, scaled_height), Image.Resampling.LANCZOS))
     if fit == "crop":
         top, left = (scaled_height - size) // 2, (scaled_width - size) // 2
@@ -95,5 +98,5 @@ def read_bytes(path: Path) -> bytes:
 
 
 def picture_format(data: bytes) -> str:
-    """`png`, `jpg` or `webp`, by the first bytes of a picture that is one of these: names of files are not always right."""
-    return {b"\x89PNG": "png", b"RIFF": "webp"}.get(data[:4], "jpg")
+    """`png`, `jpg`, `webp` or `gif`, by the first bytes of a picture that is one of these: names of files are not always right."""
+    return {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}.get(data[:4], "jpg")

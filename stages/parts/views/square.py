@@ -1,5 +1,6 @@
 """Pictures of any size → one square picture."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -7,7 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stages.errors import DataError
 from stages.parts.config import PartConfig
+
+MAX_PIXELS = 256 * 1024 * 1024  # of a picture on its way to a square: a strip of 1 x 60,000 pixels would fill the memory
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -15,9 +19,20 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
+def to_batch(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures (H, W, 3) of one size → float (b, 3, H, W) in [-1, 1], channels last in memory: convolutions are faster on it."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
 def to_pixels(image: Tensor) -> np.ndarray:
     """float (3, H, W) in [-1, 1] → uint8 (H, W, 3), rounded and clipped."""
     return image.detach().float().add(1.0).mul(127.5).round().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def check_strip(height: int, width: int, pixels: int) -> None:
+    """DataError where a picture is so long and thin that it would need more than MAX_PIXELS on its way to a square."""
+    if pixels > MAX_PIXELS:
+        raise DataError(f"a picture of {height} x {width} pixels is too long and thin to be made a square", hint="crop it, or leave it out")
 
 
 class SquareConfig(PartConfig):
@@ -32,6 +47,7 @@ class SquareConfig(PartConfig):
             return image
         scale = self.size / min(height, width)
         h, w = max(self.size, round(height * scale)), max(self.size, round(width * scale))
+        check_strip(height, width, h * w)
         resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
         top, left = (h - self.size) // 2, (w - self.size) // 2
         return resized[top : top + self.size, left : left + self.size]
@@ -48,6 +64,7 @@ class PadConfig(PartConfig):
         if (height, width) == (self.size, self.size):
             return image
         side = max(height, width)
+        check_strip(height, width, side * side)
         canvas = np.full((side, side, 3), 127, dtype=np.uint8)
         top, left = (side - height) // 2, (side - width) // 2
         canvas[top : top + height, left : left + width] = image
