@@ -211,15 +211,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
             remove_run(self.out, keep_spool=any(entry.get("path") == "-" for entry in self.inputs))
             before = None
         else:
+            ended = _read_json(self.meta / "status.json") or {}
             differing = _differences(before.get("identity", {}), self.identity)
+            if differing and ended.get("state") == "failed" and self._holds_only_records():
+                before, differing, ended = None, [], {}
             if differing:
                 raise UsageError(
                     f"--out {self.out} holds another run:\n" + "\n".join(f"  {line}" for line in differing),
                     hint="name a new folder with --out, or start again with --overwrite",
                 )
-            ended = _read_json(self.meta / "status.json") or {}
             self.complete = ended.get("state") == "done"
-            self.resuming = not self.complete
+            self.resuming = before is not None and not self.complete
             self._status["step"], self._status["of"] = ended.get("step", 0), ended.get("of")
         if not self.complete:
             for path in self.out.rglob(".*.tmp"):
@@ -229,6 +231,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._record = self._describe(before)
             self._write_record()
             self._write_status()
+
+    def _holds_only_records(self) -> bool:
+        """Whether `out` holds no file but a run's own account of itself: a launch that failed on a mistake before it made anything."""
+        records = {self.meta / "run.json", self.meta / "status.json"}
+        return all(path in records for path in self.out.rglob("*") if not path.is_dir())
 
     def _describe(self, before: dict[str, Any] | None) -> dict[str, Any]:
         now = _now()

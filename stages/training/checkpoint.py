@@ -240,7 +240,10 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
             own = {name: value for name, value in own.items() if name in found or not is_other_expert(name, address, network.experts)}
         wrong = sorted(name for name in set(own) ^ set(found)) + sorted(n for n in set(own) & set(found) if own[n].shape != found[n].shape)
         if wrong:
-            problem = problem or f"{candidate} does not fit: {len(wrong)} weights differ in name or shape, first {wrong[0]}"
+            here, there = (str(list(side[wrong[0]].shape)) if wrong[0] in side else "absent" for side in (own, found))
+            problem = problem or (
+                f"{candidate} does not fit: {len(wrong)} weights differ in name or shape, first {wrong[0]}: {there} there, {here} here"
+            )
             continue
         filled = dict(found)
         if family == "backbones":
