@@ -209,8 +209,17 @@ def test_a_launch_that_failed_before_it_made_anything_is_no_run_to_protect(tmp_p
     assert json.loads((tmp_path / "run.json").read_text())["recipe"] == mended
 
 
+def test_nor_is_one_of_the_other_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError), open_run(tmp_path, kind="shards"):
+        raise DataError("a mistake")
+    with open_run(tmp_path, seed=9):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["run.json", "status.json"]
+
+
 def test_a_failed_launch_that_left_something_is_protected(tmp_path: Path) -> None:
-    with pytest.raises(DataError), open_run(tmp_path):
+    run = open_run(tmp_path)
+    with pytest.raises(DataError), run:  # noqa: PT012
         make(tmp_path / "state" / "step-00000001" / "state.json")
         raise DataError("a mistake")
     with pytest.raises(UsageError, match="holds another run"), open_run(tmp_path, recipe=RECIPE.replace("width = 12", "width = 16")):

@@ -186,6 +186,8 @@ def load_model(folder: Path, device: str = "cpu", *, untrained: bool = False, se
     """The model of a checkpoint, in evaluation mode; `untrained` leaves the fresh weights, as a control."""
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint.recipe, seed)
+    if not model.state_dict():
+        raise UsageError(f"{folder}: a tokenizer ({checkpoint.recipe.name}), expected a model", hint="align and train-unified write models")
     if not untrained:
         load_strict(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
     return checkpoint, model.to(device).eval()
