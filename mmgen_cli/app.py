@@ -400,11 +400,12 @@ def recipes(
 
 @app.command("inspect", **_told("What is in these shards or this checkpoint.", "mmgen inspect data/train --key 000000"))
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Shards, or a checkpoint folder; hf://org/name included.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Shards (- for stdin), or a checkpoint folder; hf://org/name included.")],
     key: o.Key = None,
     json: o.Json = False,
 ) -> None:
     """Show what is in these shards or this checkpoint, in one screen."""
+    check_stdin(path)
     from stages.hub import is_model, resolve
     from stages.inspect_path import describe
 
@@ -415,6 +416,9 @@ def inspect(
 @app.command("verify", **_told("Check shards: every tar, every key, every field.", "mmgen verify data/train"))
 def verify(shards: o.Shards, index: o.Index = False, json: o.Json = False) -> None:
     """Check that every tar is whole, every key unique and every field well-formed; exit code 3 if not."""
+    check_stdin(shards)
+    if shards == "-" and index:
+        raise UsageError("--index writes beside the tars, and - is a stream", hint="write it to a folder first")
     from stages.verify import verify as stage
 
     result = stage(shards, index=index)

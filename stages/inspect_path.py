@@ -8,6 +8,7 @@ import numpy as np
 
 from stages.data.locate import split_folders
 from stages.data.shards import Shards, open_shards
+from stages.data.stream import spool_folder
 from stages.errors import UsageError
 
 _MAX_TEXT = 400
@@ -39,15 +40,19 @@ def describe(path: str, key: str | None = None) -> Description:
         text = "\n\n".join(f"[{split}]\n{part.text}" for split, part in parts.items())
         return Description({"kind": "splits", "splits": {split: part.data for split, part in parts.items()}}, text)
     if key is None:
-        return _describe_shards(open_shards(path))
+        return _describe_shards(_open(path))
     return _describe_sample(*_find(path, key))
+
+
+def _open(path: str) -> Shards:
+    return open_shards(path, spool=spool_folder("-") if path == "-" else None)
 
 
 def _find(path: str, key: str) -> tuple[Shards, int]:
     """The sample with this key, in whichever split it is."""
     last: UsageError | None = None
     for part in (split_folders(path) or {"": path}).values():
-        shards = open_shards(part)
+        shards = _open(part)
         try:
             return shards, shards.find(key)
         except UsageError as error:

@@ -200,6 +200,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             raise UsageError(f"--out {self.out} is a file, expected a folder")
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(self.out)
+        self._forget_failed()
         before = _read_json(self.meta / "run.json")
         if before is None:
             ours = re.compile(rf"\.mmgen|{UNFINISHED_FILES}")
@@ -211,13 +212,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
             remove_run(self.out, keep_spool=any(entry.get("path") == "-" for entry in self.inputs))
             before = None
         else:
+            ended = _read_json(self.meta / "status.json") or {}
             differing = _differences(before.get("identity", {}), self.identity)
             if differing:
                 raise UsageError(
                     f"--out {self.out} holds another run:\n" + "\n".join(f"  {line}" for line in differing),
                     hint="name a new folder with --out, or start again with --overwrite",
                 )
-            ended = _read_json(self.meta / "status.json") or {}
             self.complete = ended.get("state") == "done"
             self.resuming = not self.complete
             self._status["step"], self._status["of"] = ended.get("step", 0), ended.get("of")
@@ -229,6 +230,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._record = self._describe(before)
             self._write_record()
             self._write_status()
+
+    def _forget_failed(self) -> None:
+        """Clears away the record of another run that failed before it made anything, on a mistake say: there is nothing to protect."""
+        there = {path for path in self.out.rglob("*") if not path.is_dir()}
+        for meta in (self.out, self.out / ".mmgen"):
+            run, status = meta / "run.json", meta / "status.json"
+            if there != {run, status} or (_read_json(status) or {}).get("state") != "failed":
+                continue
+            if _differences((_read_json(run) or {}).get("identity", {}), self.identity):
+                run.unlink()
+                status.unlink()
 
     def _describe(self, before: dict[str, Any] | None) -> dict[str, Any]:
         now = _now()

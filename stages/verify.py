@@ -18,11 +18,9 @@ from stages.data.index import INDEX, META, FieldInfo, FieldTable, ShardEntry, Sh
 from stages.data.locate import Place, locate, split_folders
 from stages.data.sample import decode_value
 from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_file
+from stages.data.stream import spool_folder
 from stages.data.tar_format import walk
 from stages.errors import MmgenError
-
-# findings that mean a tar or a sample cannot be trusted to be complete, so that no index may vouch for it
-_STRUCTURAL = {"damaged", "misplaced", "uneven", "repeated-key", "undecodable", "unreadable"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Verification:
 
 
 def verify(spec: str, *, index: bool = False) -> Verification:
-    """Read everything SHARDS holds; of a parent of splits, every split.
+    """Read everything SHARDS holds; of a parent of splits, every split; of a stream (`-`), what comes through it.
 
     With `index`, a folder in whose tars nothing is wrong gets a new `.mmgen/shardindex.json` from what is really there. Raises nothing:
     a path that does not exist is a finding too.
@@ -76,7 +74,8 @@ def verify(spec: str, *, index: bool = False) -> Verification:
     result = Verification()
     try:
         folders = split_folders(spec)
-        places = [place for part in folders.values() for place in locate(part)] if folders else locate(spec)
+        spool = spool_folder("-") if spec == "-" else None
+        places = [place for part in folders.values() for place in locate(part)] if folders else locate(spec, spool=spool)
     except MmgenError as error:
         message = f"{error.message}; {error.hint}" if error.hint else error.message
         result.findings.append(Finding(spec, 0, "unreadable", message))
@@ -210,7 +209,8 @@ def _compare_fields(folder: Path, indexed: dict[str, FieldInfo], found: dict[str
 def _write_index(
     place: Place, known: ShardIndex | None, entries: list[ShardEntry], fields: FieldTable, result: Verification, found_before: int
 ) -> None:
-    wrong = Counter(finding.kind for finding in result.findings[found_before:] if finding.kind in _STRUCTURAL)
+    # what is wrong with the old index does not matter: it is replaced
+    wrong = Counter(finding.kind for finding in result.findings[found_before:] if finding.kind != "index")
     where = str(place.folder / META / INDEX)
     if place.tars is not None and {path.name for path in place.folder.glob("*.tar")} != {path.name for path in place.tars}:
         result.findings.append(

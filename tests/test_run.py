@@ -200,6 +200,33 @@ def test_where_the_same_data_lies_is_not_identity(tmp_path: Path) -> None:
     assert one == run_identity("align", options, "", [{"path": "there", "fingerprint": "abc"}], {})
 
 
+def test_a_launch_that_failed_before_it_made_anything_is_no_run_to_protect(tmp_path: Path) -> None:
+    mended = RECIPE.replace("width = 12", "width = 16")
+    with pytest.raises(DataError), open_run(tmp_path):
+        raise DataError("a mistake")
+    with open_run(tmp_path, recipe=mended) as run:
+        assert not run.resuming
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"] == mended
+
+
+def test_nor_is_one_of_the_other_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError), open_run(tmp_path, kind="shards"):
+        raise DataError("a mistake")
+    with open_run(tmp_path, seed=9):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["run.json", "status.json"]
+
+
+def test_a_failed_launch_that_left_something_is_protected(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(DataError), run:  # noqa: PT012
+        make(tmp_path / "state" / "step-00000001" / "state.json")
+        raise DataError("a mistake")
+    with pytest.raises(UsageError, match="holds another run"), open_run(tmp_path, recipe=RECIPE.replace("width = 12", "width = 16")):
+        pass
+    assert (tmp_path / "state" / "step-00000001" / "state.json").exists()
+
+
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     make(tmp_path / "thesis.tex")
     for overwrite in (False, True):

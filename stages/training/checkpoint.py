@@ -187,6 +187,8 @@ def load_model(folder: Path, device: str = "cpu", *, untrained: bool = False, se
     """The model of a checkpoint, in evaluation mode; `untrained` leaves the fresh weights, as a control."""
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint.recipe, seed)
+    if not model.state_dict():
+        raise UsageError(f"{folder}: a tokenizer ({checkpoint.recipe.name}), expected a model", hint="align and train-unified write models")
     if not untrained:
         load_strict(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
     return checkpoint, model.to(device).eval()
@@ -241,7 +243,10 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
             own = {name: value for name, value in own.items() if name in found or not is_other_expert(name, address, network.experts)}
         wrong = sorted(name for name in set(own) ^ set(found)) + sorted(n for n in set(own) & set(found) if own[n].shape != found[n].shape)
         if wrong:
-            problem = problem or f"{candidate} does not fit: {len(wrong)} weights differ in name or shape, first {wrong[0]}"
+            here, there = (str(list(side[wrong[0]].shape)) if wrong[0] in side else "absent" for side in (own, found))
+            problem = problem or (
+                f"{candidate} does not fit: {len(wrong)} weights differ in name or shape, first {wrong[0]}: {there} there, {here} here"
+            )
             continue
         filled = dict(found)
         if family == "backbones":

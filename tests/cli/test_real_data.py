@@ -73,6 +73,22 @@ def test_verify_exits_with_3_and_names_the_tar_that_was_cut(invoke: Invoke, data
     assert str(tar) in answer.stdout
 
 
+def test_verify_and_inspect_read_a_stream(data: Path) -> None:
+    tar = next((data / "val").glob("*.tar")).read_bytes()
+
+    def through(command: str, stream: bytes) -> tuple[int, str]:
+        answer = subprocess.run([sys.executable, "-m", "mmgen_cli", command, "-"], cwd=ROOT, capture_output=True, input=stream)
+        return answer.returncode, answer.stdout.decode()
+
+    assert through("verify", tar)[0] == 0
+    assert through("inspect", tar)[1].startswith("-: 64 samples in 1 tars")
+    code, told = through("verify", tar[:-3000])
+    assert code == 3
+    assert "[damaged]" in told
+    code, told = through("verify", b"")
+    assert (code, "standard input is empty" in told) == (3, True)
+
+
 def test_import_streams_one_clean_tar() -> None:
     answer = subprocess.run([sys.executable, "-m", "mmgen_cli", *SCENES, "--out", "-"], cwd=ROOT, capture_output=True)
     assert answer.returncode == 0

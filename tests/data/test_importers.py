@@ -245,6 +245,44 @@ def test_pictures_with_a_table(tmp_path: Path, name: str, text: str) -> None:
         assert {key: fields["caption"] for key, fields in read(out).items()} == {"a": "one, two", "b": "three"}
 
 
+def test_rows_after_a_long_one_are_kept(tmp_path: Path) -> None:
+    for name in "abc":
+        save(tmp_path / f"{name}.png", 1)
+    (tmp_path / "captions.csv").write_text(f"file,caption\na.png,one\nb.png,{'x' * 1_000_000}\nc.png,three\n")
+    import_data("folder", str(tmp_path), tmp_path / "out", QUIET, val_fraction=0.0)
+    assert {key: len(fields["caption"]) for key, fields in read(tmp_path / "out").items()} == {"a": 3, "b": 1_000_000, "c": 5}
+
+
+def test_a_row_with_a_comma_too_many_is_bad_and_not_cut(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / f"{name}.png", 1)
+    (tmp_path / "captions.csv").write_text("file,caption\na.png,one, two\nb.png,three\n")
+    import_data("folder", str(tmp_path), tmp_path / "out", RunOptions(quiet=True, max_bad_fraction=0.5), val_fraction=0.0)
+    assert read(tmp_path / "out").keys() == {"b"}
+    assert bad_lines(tmp_path / "out") == [{"path": f"{tmp_path / 'captions.csv'}:2", "reason": "3 fields, the table has 2 columns"}]
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.tsv"])
+def test_a_quote_that_is_never_closed_cannot_swallow_rows(tmp_path: Path, name: str) -> None:
+    for picture_name in "abcd":
+        save(tmp_path / f"{picture_name}.png", 1)
+    comma = "," if name.endswith("csv") else "\t"
+    rows = ["file,caption", "a.png,one", 'b.png,"two', "c.png,three", 'd.png,"four"']
+    (tmp_path / name).write_text("".join(row.replace(",", comma) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"{name}:3: the row that begins here cannot be read"):
+        import_data("folder", str(tmp_path), tmp_path / "out", RunOptions(quiet=True, max_bad_fraction=1.0), val_fraction=0.0)
+
+
+def test_a_line_of_json_ends_at_the_line_feed_only(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 1)
+    save(tmp_path / "b.png", 2)
+    (tmp_path / "captions.jsonl").write_text(
+        '{"file": "a.png", "caption": "one\u2028two\x85"}\n{"file": "b.png", "caption": "three"}\r\n', "utf-8"
+    )
+    import_data("folder", str(tmp_path), tmp_path / "out", QUIET, val_fraction=0.0)
+    assert {key: fields["caption"] for key, fields in read(tmp_path / "out").items()} == {"a": "one\u2028two", "b": "three"}
+
+
 def test_a_table_without_the_columns_names_those_it_has(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("name,caption\na.png,one\n")
     with pytest.raises(DataError, match="has the columns name, caption; expected one of file, image"):

@@ -155,3 +155,12 @@ def test_members_that_are_not_read_are_noted(tmp_path):
     result = verify(str(tmp_path))
     assert result.ok
     assert "note: 1 members end in .pyd, which mmgen does not read (pickled objects are never loaded)" in result.text()
+
+
+def test_numbers_that_are_not_finite_get_no_index(tmp_path):
+    values = [np.ones(3, np.float32) for _ in range(9)]
+    values[4][1] = np.nan
+    (tmp_path / "x.tar").write_bytes(tar_of(*(Sample(f"{n}", {"x": value}) for n, value in enumerate(values))))
+    result = verify(str(tmp_path), index=True)
+    assert [finding.kind for finding in result.findings] == ["non-finite", "not-written"]
+    assert not (tmp_path / META).exists()

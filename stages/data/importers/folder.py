@@ -187,10 +187,10 @@ def _read_table(table: Path) -> Iterator[Row]:
 
 
 def _rows(table: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """(line number, row) of a table; a row that cannot be read is the reason why."""
+    """(line number, row) of a table; a line of JSON that cannot be read is the reason why, a table that cannot is a DataError."""
     separator = TABLE_FORMATS[table.suffix]
     if not separator:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: in a string of JSON U+2028 is a letter like others
             if line.strip():
                 try:
                     row = decode_value("json", line.encode())
@@ -199,14 +199,20 @@ def _rows(table: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any] | str
                     continue
                 yield number, row if isinstance(row, Mapping) else "expected an object"
         return
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
-    columns = [name.strip().lower() for name in reader.fieldnames or []]
-    for names in (FILE_COLUMNS, CAPTION_COLUMNS):
-        if not set(names) & set(columns):
-            raise DataError(f"{table}: has the columns {', '.join(columns) or '(none)'}; expected one of {', '.join(names)}")
-    reader.fieldnames = columns
+    csv.field_size_limit(max(len(text), 1))  # the caps say of one sample that it is too long; this would end the table there
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    begin = 1
     try:
+        columns = [name.strip().lower() for name in reader.fieldnames or []]
+        for names in (FILE_COLUMNS, CAPTION_COLUMNS):
+            if not set(names) & set(columns):
+                raise DataError(f"{table}: has the columns {', '.join(columns) or '(none)'}; expected one of {', '.join(names)}")
+        reader.fieldnames = columns
+        begin = reader.line_num + 1
         for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        yield reader.line_num, str(error)
+            surplus = row.get(None, [])  # what csv makes of a comma that should have stood in quotes
+            yield begin, f"{len(columns) + len(surplus)} fields, the table has {len(columns)} columns" if surplus else row
+            begin = reader.line_num + 1
+    except csv.Error as error:  # where this row ends is unknown, and so is how many are in it
+        hint = 'a field that holds quotes stands in quotes, its own doubled: "a ""red"" circle"'
+        raise DataError(f"{table}:{begin}: the row that begins here cannot be read: {error}", hint=hint) from None

@@ -16,7 +16,7 @@ MAX_PIXELS = 256 * 1024 * 1024  # of a picture on its way to a square: a strip o
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) → float (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
 def to_batch(images: Sequence[np.ndarray]) -> Tensor:
