@@ -106,7 +106,7 @@ LOSSES = {
 
 
 class LeCam(nn.Module):
-    """E max(0, D(real) - a_fake)² + E max(0, a_real - D(fake))², with running means a of the logits (arXiv:2104.03310, eq. 5).
+    """E max(0, D(real) - a_fake)² + E max(0, a_real - D(fake))², with running means a of the logits (arXiv:2104.03310, section 3).
 
     The paper squares without the maximum; its released code, like Open-MAGVIT2's, has it, with decay 0.999 and a from 0, as here.
     """

@@ -77,12 +77,13 @@ class EfficientNetLite0(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """The last maps of each resolution, 1/2 to 1/32 of the picture: (b, c, h, w) with c = 16, 24, 40, 112, 320."""
-        found, maps = [], self.stem(pictures)
+        found = [self.stem(pictures)]
         for block in self.blocks:
-            if block.depthwise.conv.stride[0] > 1:
-                found.append(maps)
-            maps = block(maps)
-        return [*found, maps]
+            maps = block(found[-1])
+            if maps.shape[-2:] == found[-1].shape[-2:]:
+                found.pop()
+            found.append(maps)
+        return found
 
 
 def lite0_name(theirs: str) -> str:

@@ -7,7 +7,7 @@ knows nothing about objects.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stages.errors import DataError, UsageError
 from stages.parts.config import PartConfig
 from stages.parts.losses.efficientnet import INSTALL, lite0_weights, load_lite0
-from stages.parts.losses.vgg import WIDTHS, VGG16
+from stages.parts.losses.vgg import VGG16, WIDTHS
 
 
 class PerceptualConfig(PartConfig):
@@ -84,25 +84,20 @@ class Laplacian(nn.Module):
 
 
 class FeatureDistance(nn.Module):
-    """Compares the maps of a network that looks and never learns: its weights are buffers that no optimizer, training state or
-    checkpoint holds, and it stays in eval mode whatever happens around it."""
+    """Compares the maps of a network that looks and never learns. The network stands outside the tree of modules, where neither
+    `train()` nor an optimizer, a training state or a checkpoint finds it; only to another device does it come along."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
-        self.freeze()
+        self._outside = (network.eval().requires_grad_(False),)  # torch registers modules, not tuples of them
 
-    def freeze(self) -> None:
-        for module in self.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach())
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, buffer, persistent=False)
-        self.eval()
+    @property
+    def network(self) -> nn.Module:
+        return self._outside[0]
 
-    def train(self, mode: bool = True) -> Self:
-        return super().train(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.network._apply(fn)
+        return super()._apply(fn, recurse)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The network's maps (b, c, h, w) of (b, 3, H, W) pictures in [-1, 1]."""
@@ -202,9 +197,8 @@ class LPIPS(FeatureDistance):
     def load(self, vgg16: Path, heads: Path) -> None:
         """Weights from torchvision's file and from that of the heads. DataError for a tensor that is missing or of another shape."""
         found = tensors_of(vgg16)
-        names = {name: tuple(tensor.shape) for name, tensor in self.network.named_buffers()}
-        for name, shape in names.items():
-            copy_exactly(self.network.get_buffer(name), found, name, shape, vgg16)
+        for name, weights in self.network.named_parameters():
+            copy_exactly(weights, found, name, tuple(weights.shape), vgg16)
         found = tensors_of(heads)
         for level, place in enumerate(self.heads.split(self.widths)):
             copy_exactly(place, found, f"lin{level}.model.1.weight", (1, len(place), 1, 1), heads)
@@ -238,9 +232,9 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def copy_exactly(place: Tensor, found: dict[str, Tensor], name: str, shape: Sequence[int], file: Path) -> None:
+def copy_exactly(place: Tensor, found: dict[str, Tensor], name: str, shape: tuple[int, ...], file: Path) -> None:
     """Copy the tensor of that name and shape. DataError if there is none."""
-    if name not in found or tuple(found[name].shape) != tuple(shape):
+    if name not in found or tuple(found[name].shape) != shape:
         there = f"one of {tuple(found[name].shape)}" if name in found else "none"
-        raise DataError(f"{file}: expected a tensor {name} of {tuple(shape)}, found {there}")
+        raise DataError(f"{file}: expected a tensor {name} of {shape}, found {there}")
     place.copy_(found[name].reshape(place.shape))
