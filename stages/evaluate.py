@@ -6,6 +6,7 @@ reconstruct. Which metrics apply follows from the fields alone. The second contr
 sample (*shuffled*): what a model scores that draws good pictures of the wrong thing.
 
     out/results.json   out/samples   out/controls/untrained      (the folders only for checkpoints)
+    out/metrics.jsonl  how fast an image tokenizer is here, which is no result: it is another number every time
 
 Samples from elsewhere are renamed with field_map, and their truth is found in SHARDS by key. A folder `controls/untrained` beside
 the samples is used as their control; without it those results are null.
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stages import ranks
 from stages.data.sample import Sample
@@ -31,6 +33,7 @@ from stages.hub import resolve
 from stages.metrics import METRICS
 from stages.metrics.features import feature_network
 from stages.metrics.score import Fields, Metric, Reference, Score, Setting, prompt_key
+from stages.metrics.speed import per_second
 from stages.options import RunOptions
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.views.square import to_pixels, to_tensor
@@ -156,12 +159,14 @@ def make_samples(folder: Path, shards: str, out: Path, options: RunOptions, run:
             else:
                 raise UsageError(f"{folder}: a text tokenizer makes nothing that could be scored", hint="evaluate the model that uses it")
             made.append(open_shards(str(place)))
+        if not recipe.backbones and run.rank == 0:
+            log_speed(folder, recipe, spec, split, options, run)
         yield Part(split or split_name(made[0]), made[0], None, made[1])
 
 
 @torch.no_grad()
 def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: RunOptions, *, untrained: bool) -> None:
-    """Shards with `sample.image`, what an image tokenizer gives back, and `sample.image.codes` if it writes codes."""
+    """Shards with `sample.image`, what an image tokenizer gives back, and what that was made of: `sample.image.codes` or `.latents`."""
     device = resolve_device(options.device)
     tokenizer = fresh_autoencoder(recipe, options.seed).to(device) if untrained else load_autoencoder(folder, str(device))
     source = open_shards(shards)
@@ -184,7 +189,7 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
             wait=ranks.wait,
         ) as writer:
             count = min(len(source), options.limit or len(source))
-            view = next((port.view for port in recipe.ports.values() if port.autoencoder and port.view is not None), None)
+            view = view_of(recipe)
             for part in writer.parts(count, RECONSTRUCT_BATCH):
                 group = [through_view(sample, view) for i in part if (sample := source.read_or_skip(i)) is not None]
                 for made in round_trip(tokenizer, group, device):
@@ -213,28 +218,62 @@ def through_view(entry: Sample, view: Any) -> Sample:
 
 
 def round_trip(tokenizer: Autoencoder, group: Sequence[Sample], device: torch.device) -> Iterator[Sample]:
-    """Pictures through an autoencoder and back, in batches of equal size."""
+    """Pictures through an autoencoder and back, in batches of equal size; latents as they are stored, in float16."""
     for entry in group:
-        height, width = entry.fields["image"].shape[:2]
-        if height % tokenizer.downsample or width % tokenizer.downsample:
-            raise DataError(f"{entry.key}: a picture of {height}×{width} pixels; the tokenizer needs multiples of {tokenizer.downsample}")
+        try:
+            tokenizer.grid(*entry.fields["image"].shape[:2])
+        except DataError as error:
+            raise DataError(f"{entry.source}: {entry.key}: {error.message}", hint=error.hint) from None
     shapes = dict.fromkeys(entry.fields["image"].shape for entry in group)
     done: dict[str, Sample] = {}
     for shape in shapes:
         entries = [entry for entry in group if entry.fields["image"].shape == shape]
         pictures = torch.stack([to_tensor(entry.fields["image"]) for entry in entries]).to(device)
-        codes = tokenizer.encode_codes(pictures) if tokenizer.codebook_size is not None else None
-        again = (
-            tokenizer.decode_codes(codes, tokenizer.grid(*pictures.shape[2:]))
-            if codes is not None
-            else tokenizer.decode(tokenizer.encode(pictures))
-        )
+        stored = to_store(tokenizer, pictures)
+        again = from_store(tokenizer, stored, pictures.shape[2:])
+        name = "sample.image.codes" if tokenizer.codebook_size is not None else "sample.image.latents"
         for index, entry in enumerate(entries):
-            fields = {**entry.fields, "sample.image": to_pixels(again[index])}
-            if codes is not None:
-                fields["sample.image.codes"] = codes[index].cpu().numpy()
+            fields = {**entry.fields, "sample.image": to_pixels(again[index]), name: stored[index].cpu().numpy()}
             done[entry.key] = Sample(entry.key, fields, entry.source)
     yield from (done[entry.key] for entry in group)
+
+
+def to_store(tokenizer: Autoencoder, pictures: Tensor) -> Tensor:
+    """(b, 3, H, W) pictures → what shards keep of them: int64 codes (b, *code_shape) or float16 latents (b, c, h, w)."""
+    return tokenizer.encode_codes(pictures) if tokenizer.codebook_size is not None else tokenizer.encode(pictures).half()
+
+
+def from_store(tokenizer: Autoencoder, stored: Tensor, size: Sequence[int]) -> Tensor:
+    """The way back to (b, 3, H, W) pictures of that (H, W)."""
+    if tokenizer.codebook_size is None:
+        return tokenizer.decode(stored.float())
+    return tokenizer.decode_codes(stored, tokenizer.grid(*size))
+
+
+@torch.no_grad()
+def log_speed(folder: Path, recipe: Recipe, shards: str, split: str, options: RunOptions, run: Run) -> None:
+    """Pictures a second through encoder and decoder, into metrics.jsonl: how fast a machine was is no result."""
+    device = resolve_device(options.device)
+    tokenizer, source, view = load_autoencoder(folder, str(device)), open_shards(shards), view_of(recipe)
+    read = (source.read_or_skip(i, ["image"]) for i in range(len(source)))
+    first = next((through_view(entry, view).fields["image"] for entry in read if entry is not None), None)
+    if first is None:
+        return
+    pictures = to_tensor(first).to(device).expand(RECONSTRUCT_BATCH, -1, -1, -1).contiguous()
+    stored = to_store(tokenizer, pictures)
+    encoded = per_second(lambda: to_store(tokenizer, pictures), len(pictures))
+    decoded = per_second(lambda: from_store(tokenizer, stored, pictures.shape[2:]), len(pictures))
+    speeds = {"encode_per_second": encoded, "decode_per_second": decoded}
+    about = {"batch": len(pictures), "height": first.shape[0], "width": first.shape[1], "threads": torch.get_num_threads()}
+    run.log(split=split, **speeds, **about, device=str(device))
+    run.say(
+        f"{encoded:,.0f} pictures a second encoded, {decoded:,.0f} decoded, {', '.join(f'{k} {v}' for k, v in about.items())}, {device}"
+    )
+
+
+def view_of(recipe: Recipe) -> Any:
+    """How the port that the tokenizer was trained on sees pictures."""
+    return next((port.view for port in recipe.ports.values() if port.autoencoder and port.view is not None), None)
 
 
 def reference_features(real: Shards, run: Run) -> Reference:

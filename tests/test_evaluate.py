@@ -13,8 +13,10 @@ from stages.data.sample import Sample
 from stages.data.scenes import scene_sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.errors import DataError, UsageError
-from stages.evaluate import derangement, evaluate, fresh_autoencoder
+from stages.evaluate import derangement, evaluate, fresh_autoencoder, round_trip
 from stages.options import RunOptions
+from stages.parts.autoencoders import Autoencoder
+from stages.parts.views.square import to_pixels
 from stages.recipe import load_recipe
 from stages.run import Run
 from stages.training.checkpoint import save_checkpoint
@@ -186,6 +188,67 @@ def test_an_image_tokenizer_reconstructs_and_is_scored_beside_its_untrained_twin
     assert json.loads((out / "results.json").read_text())["inputs"][0]["role"] == "model"
 
 
+def test_a_tokenizer_is_scored_for_its_fidelity_its_cost_and_its_distance_and_its_speed_is_no_result(tmp_path, tokenizer):
+    write(tmp_path / "data" / "val", scenes(7), lambda sample: {})
+    once, again = (evaluate(str(tokenizer), str(tmp_path / "data"), tmp_path / name / "scores", OPTIONS) for name in ("one", "two"))
+    rows = results(once)
+    assert rows["bits-per-pixel", "nominal", None]["value"] == pytest.approx(4 * 4 * np.log2(24) / 32**2)
+    assert rows["bits-per-pixel", "entropy", None]["value"] < rows["bits-per-pixel", "nominal", None]["value"]
+    assert rows["perceptual-distance", "laplacian", None]["interval"] is not None
+    assert any(metric == "frechet-distance" for metric, _, _ in rows)
+    assert (once / "results.json").read_bytes() == (again / "results.json").read_bytes()
+    [line] = [json.loads(line) for line in (once / "metrics.jsonl").read_text().splitlines()]
+    assert line["encode_per_second"] > 0 and line["decode_per_second"] > 0
+    assert (line["split"], line["height"], line["width"], line["threads"]) == ("val", 32, 32, torch.get_num_threads())
+
+
+def test_continuous_latents_are_scored_as_they_are_stored(tmp_path):
+    text = TOKENIZER.replace('kind = "cnn"', 'kind = "kl-cnn"').replace("attention = false\n", "").split("quantizer")[0]
+    (tmp_path / "tiny-kl.toml").write_text(text + "[sizes.tiny]\n[sizes.small]\n[sizes.paper]\n")
+    recipe = load_recipe(tmp_path / "tiny-kl.toml", size="tiny")
+    trained = fresh_autoencoder(recipe, seed=5)
+    save_checkpoint(tmp_path / "kl", recipe, {f"autoencoders.vq.{name}": value for name, value in trained.state_dict().items()})
+    write(tmp_path / "data" / "val", scenes(3), lambda sample: {})
+    out = evaluate(str(tmp_path / "kl"), str(tmp_path / "data"), tmp_path / "scores", OPTIONS)
+    rows = results(out)
+    assert rows["bits-per-pixel", "nominal", None]["value"] == 16 * 6 * 4 * 4 / 32**2
+    assert not any(metric == "codebook" or category == "entropy" for metric, category, _ in rows)
+    made = open_shards(str(out / "samples" / "val"))[1].fields
+    assert made["sample.image.latents"].dtype == np.float16
+    with torch.no_grad():
+        again = trained.decode(torch.from_numpy(made["sample.image.latents"])[None].float())[0]
+    assert np.array_equal(to_pixels(again), made["sample.image"])
+
+
+class Renamed(Autoencoder):
+    """The codes of an autoencoder in another order: residual (1, h, w), or in a row (n,) that only a grid brings back into shape."""
+
+    def __init__(self, inner: Autoencoder, shape: str) -> None:
+        super().__init__()
+        self.inner, self.config, self.shape = inner, inner.config, shape
+
+    def encode_codes(self, images: torch.Tensor) -> torch.Tensor:
+        codes = self.inner.encode_codes(images)
+        return codes.flatten(1) if self.shape == "row" else codes[:, None]
+
+    def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        assert grid is not None
+        return self.inner.decode_codes(codes.reshape(len(codes), *grid))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("row", (12,)), ("residual", (1, 2, 6))])
+def test_codes_of_any_shape_come_back_as_pictures_of_their_size(tmp_path, shape, expected):
+    (tmp_path / "tiny-vq.toml").write_text(TOKENIZER)
+    inner = fresh_autoencoder(load_recipe(tmp_path / "tiny-vq.toml", size="tiny"), seed=5)
+    rng = np.random.default_rng(0)
+    group = [Sample(str(i), {"image": rng.integers(0, 256, (16, 48, 3), dtype=np.uint8)}) for i in range(3)]
+    with torch.no_grad():
+        plain, other = (list(round_trip(model, group, torch.device("cpu"))) for model in (inner, Renamed(inner, shape)))
+    for one, two in zip(plain, other, strict=True):
+        assert two.fields["sample.image.codes"].shape == expected
+        assert np.array_equal(one.fields["sample.image"], two.fields["sample.image"])
+
+
 def test_a_checkpoint_without_prompts_says_what_it_needs(tmp_path, tokenizer):
     with pytest.raises(UsageError, match="needs prompts"):
         evaluate(str(tokenizer), None, tmp_path / "scores", OPTIONS)
@@ -194,7 +257,7 @@ def test_a_checkpoint_without_prompts_says_what_it_needs(tmp_path, tokenizer):
 def test_a_picture_the_tokenizer_cannot_halve_names_its_sample(tmp_path, tokenizer):
     with ShardWriter(tmp_path / "odd") as writer:
         writer.write(Sample("odd", {"image": np.zeros((12, 20, 3), np.uint8)}))
-    with pytest.raises(DataError, match="odd: a picture of 12×20 pixels; the tokenizer needs multiples of 8"):
+    with pytest.raises(DataError, match="odd: pictures of 12 x 20 pixels: height and width must be multiples of 8"):
         evaluate(str(tokenizer), str(tmp_path / "odd"), tmp_path / "scores", OPTIONS)
 
 

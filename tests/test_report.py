@@ -29,6 +29,7 @@ from stages.report.folders import chain, distinct_names, read_folders
 from stages.report.gallery import look_through, verdict
 from stages.report.html import el
 from stages.report.numbers import columns_of
+from stages.report.numbers import speeds as speed_tables
 from stages.report.pictures import Pictures
 from stages.run import Run
 
@@ -184,6 +185,25 @@ def test_pictures_have_words_and_charts_have_labels(html):
     assert all(len(str(image["alt"])) > 10 for image in page.all("img"))
     assert all(svg["role"] == "img" and (svg.get("aria-label") or svg["class"] == "mmd") for svg in page.all("svg"))
     assert {"h1", "h2", "h3", "main", "header", "nav"} <= {tag for tag, _ in page.tags}
+
+
+def test_the_speed_of_a_tokenizer_is_a_table_of_its_own(tmp_path):
+    """The last measurement of each size of picture counts; a run without one has no row."""
+    row = {"metric": "psnr", "category": "all", "split": "val", "n": 3, "value": 20.0, "interval": None, "chance": None}
+    speeds = [(100.0, 50.0, 32), (1234.0, 567.0, 32), (88.0, 77.0, 64)]
+    for name, lines in (("timed", speeds), ("other", [])):
+        (tmp_path / name).mkdir()
+        results = {"inputs": [], "results": [{**row, "protocol": {}, "control": None}]}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        about = {"batch": 32, "threads": 2, "device": "cpu"}
+        said = [{"encode_per_second": e, "decode_per_second": d, "height": side, "width": side, **about} for e, d, side in lines]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    folders = read_folders([tmp_path / "timed", tmp_path / "other"])
+    [table] = speed_tables(folders)
+    text = " ".join(Page(table).text)
+    assert re.search(r"timed\s+1,234\s+567\s+32 × 32\s+32 at once, 2 threads, cpu\s+timed\s+88\s+77\s+64 × 64", text)
+    assert "other" not in text and "100" not in text
+    assert speed_tables(folders[1:]) == []
 
 
 def test_the_verdicts_agree_with_the_score(project, html):

@@ -2,9 +2,11 @@
 samples is decided by the fields it has."""
 
 from stages.metrics.bits_per_byte import BitsPerByte
+from stages.metrics.bits_per_pixel import BitsPerPixel
 from stages.metrics.caption_correctness import CaptionCorrectness
 from stages.metrics.codebook import Codebook
 from stages.metrics.frechet import FrechetDistance
+from stages.metrics.perceptual_distance import PerceptualDistance
 from stages.metrics.psnr import PSNR
 from stages.metrics.question_accuracy import QuestionAccuracy
 from stages.metrics.retrieval import Retrieval
@@ -20,7 +22,9 @@ METRICS: dict[str, type[Metric]] = {
     "retrieval": Retrieval,
     "psnr": PSNR,
     "ssim": SSIM,
+    "perceptual-distance": PerceptualDistance,
     "reconstructed-scenes": ReconstructedScenes,
     "codebook": Codebook,
+    "bits-per-pixel": BitsPerPixel,
     "frechet-distance": FrechetDistance,
 }

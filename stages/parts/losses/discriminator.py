@@ -1,9 +1,11 @@
-"""A network that tells pictures from reconstructions, and the hinge losses that set the two against each other.
+"""A network that tells pictures from reconstructions, and the losses that set the two against each other.
 
 The patch discriminator judges overlapping patches (70 pixels wide with three layers), so it cares about texture and not about
 layout (pix2pix, arXiv:1611.07004, section 3.2.2). How VQGAN joins it to the other losses is arXiv:2012.09841, equations 6 and 7.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,17 +13,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from stages import ranks
 from stages.parts.config import PartConfig
 
 
 class DiscriminatorConfig(PartConfig):
     """Settings of a discriminator: (b, 3, H, W) pictures → real-or-not logits. It stays out until `start_step`.
 
-    `adaptive`: balance its gradient against that of the reconstruction, at the decoder's last layer.
+    `adaptive`: balance its gradient against that of the reconstruction, at the decoder's last layer. `loss` is one of LOSSES;
+    `lecam`: weight of the regularisation that keeps it from getting too sure of few pictures, 0 leaves it out.
     """
 
     start_step: int = Field(default=0, ge=0)
     adaptive: bool = True
+    loss: Literal["hinge", "non-saturating"] = "hinge"
+    lecam: float = Field(default=0.0, ge=0)
 
     def build(self) -> nn.Module:
         raise NotImplementedError
@@ -62,9 +68,63 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images)
 
 
+# --- the game ---------------------------------------------------------------------------------------------------------------------
+
+
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
     """½ E max(0, 1 - D(real)) + ½ E max(0, 1 + D(fake)): 1 when the logits are 0, 0 when both are a margin away."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def generator_hinge(fake: Tensor) -> Tensor:
+    """-E D(fake)."""
+    return -fake.mean()
+
+
+def discriminator_cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
+    """-E log σ(D(real)) - E log(1 - σ(D(fake))), minus the value of the game (arXiv:1406.2661, eq. 1): log 4 when the logits are 0."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_non_saturating(fake: Tensor) -> Tensor:
+    """-E log σ(D(fake)) instead of E log(1 - σ(D(fake))): a gradient where the discriminator is sure (arXiv:1406.2661, section 3)."""
+    return F.softplus(-fake).mean()
+
+
+@dataclass(frozen=True)
+class Game:
+    """What each side pays, of logits about (b, ...) real and reconstructed pictures."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+LOSSES = {
+    "hinge": Game(discriminator_hinge, generator_hinge),
+    "non-saturating": Game(discriminator_cross_entropy, generator_non_saturating),
+}
+
+
+class LeCam(nn.Module):
+    """E max(0, D(real) - a_fake)² + E max(0, a_real - D(fake))², with running means a of the logits (arXiv:2104.03310, section 3).
+
+    The paper squares without the maximum; its released code, like Open-MAGVIT2's, has it, with decay 0.999 and a from 0, as here.
+    """
+
+    anchors: Tensor  # (2,): real, fake
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("anchors", torch.zeros(2))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The anchors move first, with the logits of all ranks; unless a logit is not finite and the step will be refused."""
+        means = ranks.summed(torch.stack([real.detach().mean(), fake.detach().mean()]).float()) / ranks.size()
+        if self.training and torch.isfinite(means).all():
+            self.anchors.lerp_(means, 1 - self.decay)
+        anchors = self.anchors.clone()  # the graph keeps these, the buffer moves on
+        return F.relu(real - anchors[1]).square().mean() + F.relu(anchors[0] - fake).square().mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.config import PartConfig, parse_part
 from stages.parts.losses import DISCRIMINATORS, PERCEPTUAL, DiscriminatorConfig, LaplacianConfig, PerceptualConfig
-from stages.parts.losses.discriminator import adaptive_weight, discriminator_hinge
+from stages.parts.losses.discriminator import LOSSES, LeCam, adaptive_weight
 
 
 class Terms(BaseModel):
@@ -83,6 +83,7 @@ class Reconstruct(nn.Module):
         self.config = config
         self.perceptual = config.perceptual.build() if config.terms.perceptual else None
         self.discriminator = config.discriminator.build() if config.discriminator is not None and config.terms.adversarial else None
+        self.lecam = LeCam() if self.discriminator is not None and config.discriminator is not None and config.discriminator.lecam else None
 
     def forward(self, autoencoder: Autoencoder, images: Tensor, step: int, generator: Generator) -> ReconstructionLosses:
         """Losses of one step on (b, 3, H, W) pictures; backward of `main` leaves no gradient in the discriminator, nor the other way."""
@@ -104,16 +105,20 @@ class Reconstruct(nn.Module):
             parts[name] = loss
             main = main + (terms.kl * loss if name == "kl" else loss)
         against = None
-        if self.discriminator is not None and self.config.discriminator is not None and step >= self.config.discriminator.start_step:
+        settings = self.config.discriminator
+        if self.discriminator is not None and settings is not None and step >= settings.start_step:
+            game = LOSSES[settings.loss]
             constant = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-            parts["adversarial"] = -functional_call(self.discriminator, constant, (result.images,)).mean()
+            parts["adversarial"] = game.generator(functional_call(self.discriminator, constant, (result.images,)))
             factor = torch.ones(())
-            if self.config.discriminator.adaptive and torch.is_grad_enabled():
+            if settings.adaptive and torch.is_grad_enabled():
                 factor = adaptive_weight(rebuilt, parts["adversarial"], autoencoder.last_layer)
             parts["adversarial_weight"] = factor
             main = main + terms.adversarial * factor * parts["adversarial"]
             real, fake = self.discriminator(images), self.discriminator(result.images.detach())
-            against = discriminator_hinge(real, fake)
-            parts["discriminator"] = against
+            parts["discriminator"] = against = game.discriminator(real, fake)
+            if self.lecam is not None:
+                parts["lecam"] = self.lecam(real, fake)
+                against = against + settings.lecam * parts["lecam"]
             against = self.config.weight * against
         return ReconstructionLosses(self.config.weight * main, against, {name: loss.detach() for name, loss in parts.items()}, result.codes)
