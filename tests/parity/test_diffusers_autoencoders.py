@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stages.parts.autoencoders import CNNConfig, KLCNNConfig
 from stages.parts.autoencoders.cnn import Attention, ConvolutionalConfig, Double, Halve, ResidualBlock
+from stages.recipe import load_recipe
 
 # 128 channels and up, because diffusers has one number of groups for all widths
 SMALL_KL = KLCNNConfig(downsample=4, channels=128, multipliers=(1, 1, 2), blocks_per_level=1, latent_channels=3)
@@ -144,17 +145,64 @@ def test_cnn_is_diffusers_vq_model() -> None:
     torch.testing.assert_close(ours.encode(pictures()), theirs.post_quant_conv(quantized), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [KLCNNConfig(), CNNConfig()])
-def test_published_configurations_have_every_weight_of_the_public_class(config: ConvolutionalConfig) -> None:
-    """KL-f8 of Stable Diffusion and VQGAN f16: equal names, shapes and counts, on the meta device."""
+def test_kl_cnn_without_pointwise_convolutions_is_diffusers_autoencoder_kl() -> None:
+    """As in Stable Diffusion 3, whose latents are shifted too."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    config = KLCNNConfig(
+        downsample=2, channels=128, multipliers=(1, 2), blocks_per_level=1, latent_channels=6, pointwise=False, latent_scale=1.5305, latent_shift=0.0609
+    )  # fmt: skip
+    ours = randomised(config.build()).eval()
+    theirs = AutoencoderKL(**their_keys(config), use_quant_conv=False, use_post_quant_conv=False).eval()
+    theirs.load_state_dict(translated(ours, config), strict=True)
+    mean = theirs.encode(pictures()).latent_dist.mean
+    torch.testing.assert_close(ours.encode(pictures()), (mean - 0.0609) * 1.5305, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.decode((mean - 0.0609) * 1.5305), theirs.decode(mean).sample, atol=1e-4, rtol=1e-4)
+
+
+PUBLISHED = {  # the autoencoder at size paper of each recipe that is of this family
+    "kl-autoencoder": KLCNNConfig(),
+    "kl-autoencoder-16": KLCNNConfig(latent_channels=16, pointwise=False),
+    "vqgan": CNNConfig(),
+    "llamagen-vq": CNNConfig(quantizer={"kind": "vq", "codebook_size": 16384, "codebook_dim": 8, "l2_normalize": True}),
+    "chameleon-vq": CNNConfig(attention=False, quantizer={"kind": "vq", "codebook_size": 8192, "codebook_dim": 256}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_every_weight_of_the_public_class(name: str) -> None:
+    """Equal names, shapes and counts, on the meta device."""
     from diffusers import AutoencoderKL, VQModel
 
+    config = PUBLISHED[name]
     with torch.device("meta"):
-        ours = config.build()  # type: ignore[attr-defined]
+        ours = config.build()
         if isinstance(config, CNNConfig):
-            theirs = VQModel(**their_keys(config), num_vq_embeddings=1024, vq_embed_dim=256)
+            quantizer: Any = config.quantizer
+            theirs = VQModel(**their_keys(config), num_vq_embeddings=quantizer.size, vq_embed_dim=quantizer.codebook_dim)
         else:
-            theirs = AutoencoderKL(**their_keys(config))
+            theirs = AutoencoderKL(**their_keys(config), use_quant_conv=config.pointwise, use_post_quant_conv=config.pointwise)
     assert {name: value.shape for name, value in translated(ours, config).items()} == {n: v.shape for n, v in theirs.state_dict().items()}
+    assert load_recipe(name, size="paper").autoencoders.popitem()[1] == config
     assert {type(layer) for layer in ours.encoder.layers} == {ResidualBlock, Attention, Halve}
     assert Double in {type(layer) for layer in ours.decoder.layers}
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_counts_of_transformers_classes() -> None:
+    """Chameleon's published encoder and codebook (its decoder is not in the library), and Janus, which draws with LlamaGen's tokenizer."""
+    from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+    from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    with torch.device("meta"):
+        chameleon, janus = ChameleonVQVAE(ChameleonVQVAEConfig()), JanusVQVAE(JanusVQVAEConfig())
+        ours = PUBLISHED["chameleon-vq"].build()
+        assert count(ours.encoder) == count(chameleon.encoder)
+        assert count(ours.encoder) + count(ours.quantizer) == count(chameleon)
+        assert count(PUBLISHED["llamagen-vq"].build()) == count(janus)

@@ -6,7 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.errors import DataError, RecipeError
-from stages.parts.autoencoders import AUTOENCODERS, Autoencoder, AutoencoderConfig, CNNConfig, KLCNNConfig
+from stages.parts.autoencoders import (
+    AUTOENCODERS,
+    Autoencoder,
+    AutoencoderConfig,
+    CNNConfig,
+    DiscreteAutoencoder,
+    KLCNNConfig,
+    StridedCNNConfig,
+    ViT1DConfig,
+    ViTConfig,
+)
+from stages.parts.autoencoders.cnn import AdaptiveNorm
 from stages.parts.autoencoders.kl_cnn import KLAutoencoder
 from stages.parts.config import parse_part
 
@@ -14,9 +25,31 @@ VQ = {"kind": "vq", "codebook_size": 11, "codebook_dim": 6}
 CONFIGS: dict[str, AutoencoderConfig] = {
     "cnn": CNNConfig(downsample=4, channels=8, multipliers=(1, 1, 2), blocks_per_level=1, latent_channels=5, quantizer=VQ),
     "cnn-patches": CNNConfig(downsample=8, patch_size=4, channels=8, multipliers=(1, 2), attention=False, latent_channels=5, quantizer=VQ),
+    "cnn-without-attention": CNNConfig(
+        downsample=4,
+        channels=8,
+        multipliers=(1, 1, 2),
+        blocks_per_level=1,
+        decoder_blocks_per_level=1,
+        middle_blocks=3,
+        attention=False,
+        middle_attention=False,
+        upsample="depth-to-space",
+        adaptive_norm=True,
+        latent_channels=5,
+        quantizer=VQ,
+    ),
+    "vit": ViTConfig(downsample=4, width=24, depth=2, decoder_depth=1, heads=3, latent_channels=5, quantizer=VQ),
+    "vit-1d": ViT1DConfig(image_size=16, num_latents=7, downsample=4, width=24, depth=2, heads=3, latent_channels=5, quantizer=VQ),
+    "vq-vae": StridedCNNConfig(downsample=4, channels=8, residual_channels=6, latent_channels=5, quantizer=VQ),
+    "vq-vae-2": StridedCNNConfig(
+        downsample=2, levels=2, channels=8, residual_channels=6, residual_blocks=1, latent_channels=10, quantizer=VQ
+    ),
     "kl-cnn": KLCNNConfig(downsample=4, channels=8, multipliers=(1, 1, 2), blocks_per_level=1, latent_channels=5),
     "kl-cnn-bare": KLCNNConfig(downsample=2, channels=8, multipliers=(1, 2), latent_channels=5, pointwise=False, attention=True),
 }
+
+DISCRETE = [name for name, config in CONFIGS.items() if config.codebook_size is not None]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -25,6 +58,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def images(height: int = 16, width: int = 24, b: int = 2) -> Tensor:
     return torch.rand(b, 3, height, width, generator=generator()) * 2 - 1
+
+
+def size_for(name: str) -> tuple[int, int]:
+    """Height and width of pictures to try: not square where that is allowed."""
+    config = CONFIGS[name]
+    return (config.image_size, config.image_size) if isinstance(config, ViT1DConfig) else (16, 24)
 
 
 def built(name: str) -> Autoencoder:
@@ -39,28 +78,50 @@ def test_every_kind_of_the_family_is_tried() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_pictures_become_a_grid_and_come_back_in_their_size(name: str) -> None:
-    autoencoder, config = built(name), CONFIGS[name]
-    h, w = autoencoder.grid(16, 24)
-    assert (h, w) == (16 // config.downsample, 24 // config.downsample)
-    latents = autoencoder.encode(images())
+    autoencoder, (height, width) = built(name), size_for(name)
+    h, w = autoencoder.grid(height, width)
+    assert (h, w) == ((1, 7) if name == "vit-1d" else (height // autoencoder.downsample, width // autoencoder.downsample))
+    pictures = images(height, width)
+    latents = autoencoder.encode(pictures)
     assert latents.shape == (2, autoencoder.latent_channels, h, w)
-    assert autoencoder.decode(latents).shape == (2, 3, 16, 24)
+    assert autoencoder.decode(latents).shape == (2, 3, height, width)
     if autoencoder.codebook_size is None:
         with pytest.raises(TypeError, match="no codebook"):
-            autoencoder.encode_codes(images())
+            autoencoder.encode_codes(pictures)
     else:
-        codes = autoencoder.encode_codes(images())
-        assert codes.shape == (2, h, w)
+        codes = autoencoder.encode_codes(pictures)
+        assert codes.shape == (2, *autoencoder.config.code_shape(height, width))
         assert codes.dtype == torch.int64
         assert int(codes.max()) < autoencoder.codebook_size == 11
-        assert torch.equal(autoencoder.decode_codes(codes), autoencoder.decode(latents))
+        assert torch.equal(autoencoder.decode_codes(codes, (h, w)), autoencoder.decode(latents))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("cnn", (4, 4)), ("vit", (4, 4)), ("vit-1d", (7,)), ("vq-vae", (4, 4)), ("vq-vae-2", (16 + 64,))]
+)
+@torch.no_grad()
+def test_codes_of_a_square_picture_decode_without_a_grid(name: str, shape: tuple[int, ...]) -> None:
+    autoencoder, pictures = built(name), images(16, 16)
+    codes = autoencoder.encode_codes(pictures)
+    assert autoencoder.config.code_shape(16, 16) == codes.shape[1:] == shape
+    assert torch.equal(autoencoder.decode_codes(codes), autoencoder.decode(autoencoder.encode(pictures)))
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+@torch.no_grad()
+def test_lookup_of_the_codes_is_what_was_quantized(name: str) -> None:
+    autoencoder, pictures = built(name), images(*size_for(name))
+    assert isinstance(autoencoder, DiscreteAutoencoder)
+    quantized = autoencoder.quantizer.quantize(autoencoder.encoder(pictures))
+    assert torch.equal(autoencoder.quantizer.lookup(quantized.codes, autoencoder.grid(*size_for(name))), quantized.quantized)
+    assert torch.equal(autoencoder.encode(pictures), quantized.quantized)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reconstruction_trains_every_weight(name: str) -> None:
-    autoencoder = built(name).train()
-    result = autoencoder.reconstruct(images(), generator())
-    loss = F.mse_loss(result.images, images()) + torch.stack(list(result.losses.values())).sum()
+    autoencoder, pictures = built(name).train(), images(*size_for(name))
+    result = autoencoder.reconstruct(pictures, generator())
+    loss = F.mse_loss(result.images, pictures) + torch.stack(list(result.losses.values())).sum()
     loss.backward()
     for address, parameter in autoencoder.named_parameters():
         assert parameter.grad is not None, address
@@ -70,20 +131,21 @@ def test_reconstruction_trains_every_weight(name: str) -> None:
     assert autoencoder.last_layer.grad is not None
 
 
-@pytest.mark.parametrize("name", ["cnn", "cnn-patches"])
+@pytest.mark.parametrize("name", DISCRETE)
 @torch.no_grad()
 def test_reconstruction_is_what_the_codes_decode_to(name: str) -> None:
-    autoencoder = built(name)
-    result = autoencoder.reconstruct(images(), generator())
+    autoencoder, size = built(name), size_for(name)
+    result = autoencoder.reconstruct(images(*size), generator())
     assert result.codes is not None
-    assert torch.equal(autoencoder.decode_codes(result.codes), result.images)
+    assert result.codes.shape == (2, *autoencoder.config.code_shape(*size))
+    assert torch.equal(autoencoder.decode_codes(result.codes, autoencoder.grid(*size)), result.images)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_pictures_of_a_batch_do_not_see_each_other(name: str) -> None:
     autoencoder = built(name)
-    both = images(b=2)
+    both = images(*size_for(name), b=2)
     torch.testing.assert_close(autoencoder.encode(both)[1:], autoencoder.encode(both[1:]), atol=1e-5, rtol=1e-4)
 
 
@@ -94,6 +156,11 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_does() -> No
     with pytest.raises(DataError) as caught:
         built("cnn").grid(29, 29)
     assert "--size 28" in caught.value.hint
+    with pytest.raises(DataError, match="multiples of 4"):  # the top grid is half of the bottom one
+        built("vq-vae-2").encode(images(16, 22))
+    with pytest.raises(DataError, match="takes 16 x 16 only") as caught:
+        built("vit-1d").encode(images(32, 32))
+    assert "--size 16" in caught.value.hint
 
 
 @torch.no_grad()
@@ -147,6 +214,10 @@ def test_a_configured_scale_is_kept() -> None:
         (KLCNNConfig(), 83_653_863),  # AutoencoderKL of Stable Diffusion 1
         (CNNConfig(), 72_141_699),  # vqgan_imagenet_f16_1024, see the parity tests
         (KLCNNConfig(latent_channels=16, pointwise=False), 83_819_683),  # AutoencoderKL of Stable Diffusion 3
+        (
+            CNNConfig(quantizer={"kind": "vq", "codebook_size": 16384, "codebook_dim": 8}),
+            71_883_403,
+        ),  # LlamaGen's VQ-16, see the parity tests
     ],
 )
 def test_paper_sizes_have_the_published_numbers_of_parameters(config: AutoencoderConfig, published: int) -> None:
@@ -164,6 +235,10 @@ def test_paper_sizes_have_the_published_numbers_of_parameters(config: Autoencode
         ({"kind": "cnn", "quantizer": {"kind": "vg"}}, "no 'vg'"),
         ({"kind": "cnn", "quantizer": {"kind": "vq", "codebook": 5}}, "no such key"),
         ({"kind": "kl-cnn", "quantizer": {"kind": "vq"}}, "no such key"),
+        ({"kind": "vit", "width": 30, "heads": 4}, "multiple of heads"),
+        ({"kind": "vit-1d", "image_size": 250}, "multiple of downsample"),
+        ({"kind": "strided-cnn", "downsample": 6}, "power of two"),
+        ({"kind": "strided-cnn", "levels": 2, "latent_channels": 5}, "must be even"),
     ],
 )
 def test_impossible_configs_say_why(table: dict[str, object], said: str) -> None:
@@ -184,3 +259,39 @@ def test_a_local_encoder_sees_one_cell_at_a_time(config: type[CNNConfig] | type[
         pictures[:, :, :4, :4] += 1
         changed = (encoder(pictures) - latents).abs().amax(dim=(0, 1)) > 1e-6
     assert changed.tolist() == [[True, False, False], [False, False, False]]
+
+
+@torch.no_grad()
+def test_a_transformer_sees_where_a_patch_is() -> None:
+    """Patches that change places do not just change places in the latents."""
+    encoder = built("vit").encoder
+    pictures = images(8, 8)
+    swapped = torch.cat([pictures[..., 4:], pictures[..., :4]], dim=3)
+    latents = encoder(pictures)
+    assert not torch.allclose(encoder(swapped), latents.flip(3), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_top_codes_steer_the_bottom_ones_and_the_picture() -> None:
+    """Of a hierarchy: the bottom is quantized knowing the top, and both grids reach the decoder."""
+    autoencoder = built("vq-vae-2")
+    codes = autoencoder.encode_codes(images())
+    for place in (0, 24):  # the first of the 24 top codes, the first of the bottom ones
+        other = codes.clone()
+        other[:, place] = (other[:, place] + 1) % 11
+        assert not torch.equal(autoencoder.decode_codes(other, (8, 12)), autoencoder.decode_codes(codes, (8, 12)))
+    with torch.no_grad():
+        autoencoder.quantizer.top.codebook.add_(1.0)
+        autoencoder.quantizer.top.project_out.weight.mul_(30.0)
+    assert not torch.equal(autoencoder.encode_codes(images())[:, 24:], codes[:, 24:])
+
+
+@torch.no_grad()
+def test_adaptive_norm_follows_the_latents() -> None:
+    """Mean and deviation of the latents set shift and scale of the normed features; written out by hand."""
+    norm = AdaptiveNorm(5, 8)
+    x, latents = torch.randn(2, 8, 3, 4, generator=generator(1)), torch.randn(2, 5, 3, 4, generator=generator(2))
+    groups = x.view(2, 2, 4 * 12)
+    normed = ((groups - groups.mean(2, keepdim=True)) / groups.std(2, correction=0, keepdim=True)).view_as(x)
+    scale, shift = norm.scale(latents.std((2, 3))), norm.shift(latents.mean((2, 3)))
+    torch.testing.assert_close(norm(x, latents), scale[:, :, None, None] * normed + shift[:, :, None, None], atol=1e-4, rtol=1e-4)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.parts.quantizers import QUANTIZERS, VQConfig
-from stages.parts.quantizers.vq import VQ, nearest_codes
+from stages.parts.quantizers.codebook import nearest_codes
+from stages.parts.quantizers.vq import VQ
 
 CONFIGS = {
     "gradient": VQConfig(codebook_size=11, codebook_dim=6, revive=0),
@@ -102,7 +103,7 @@ def test_the_nearest_code_is_the_nearest_code_in_any_number_of_blocks(monkeypatc
     z, codebook = torch.randn(101, 6, generator=generator(1)), torch.randn(37, 6, generator=generator(2))
     expected = torch.cdist(z.double(), codebook.double()).argmin(1)
     assert torch.equal(nearest_codes(z, codebook), expected)
-    monkeypatch.setattr("stages.parts.quantizers.vq.BLOCK_NUMBERS", 37 * 10)  # eleven blocks, the last one short
+    monkeypatch.setattr("stages.parts.quantizers.codebook.BLOCK_NUMBERS", 37 * 10)  # eleven blocks, the last one short
     assert torch.equal(nearest_codes(z, codebook), expected)
 
 

@@ -33,12 +33,17 @@ class AutoencoderConfig(PartConfig):
         """Number of codes, or None for continuous latents."""
         return None
 
+    @property
+    def multiple(self) -> int:
+        """Height and width of pictures are multiples of so many pixels."""
+        return self.downsample
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of latents for a picture of that many pixels. DataError if they do not divide."""
-        if height % self.downsample or width % self.downsample:
-            near = [max(self.downsample, round(side / self.downsample) * self.downsample) for side in (height, width)]
+        if height % self.multiple or width % self.multiple:
+            near = [max(self.multiple, round(side / self.multiple) * self.multiple) for side in (height, width)]
             raise DataError(
-                f"pictures of {height} x {width} pixels: height and width must be multiples of {self.downsample}",
+                f"pictures of {height} x {width} pixels: height and width must be multiples of {self.multiple}",
                 hint=f"import them with --size {near[0]}" if near[0] == near[1] else f"nearest sizes are {near[0]} x {near[1]}",
             )
         return height // self.downsample, width // self.downsample

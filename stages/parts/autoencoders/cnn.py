@@ -3,13 +3,17 @@
 VQGAN, "Taming Transformers for High-Resolution Image Synthesis", arXiv:2012.09841, table 7. Residual blocks (GroupNorm, SiLU,
 3 x 3 convolution, twice) in levels; between levels of the encoder a stride-2 convolution padded at the right and bottom only,
 between levels of the decoder nearest-neighbour doubling and a convolution; attention in the middle and, if asked for, at the lowest
-level; one block a level more in the decoder. Two additions of ours for small machines: with `patch_size` > 1 pictures enter and
+level; one block a level more in the decoder. Successors leave some of that out or add to it: MaskGIT's tokenizer (arXiv:2202.04200) and
+MAGVIT-v2 (arXiv:2310.05737) have no attention, as many blocks in the decoder as in the encoder, and as many in the middle; MAGVIT-v2's
+decoder doubles by a convolution to four times the channels, which become pixels (depth to space), and before each of its levels norms
+with a scale and shift of the latents. Two additions of ours for small machines: with `patch_size` > 1 pictures enter and
 leave as patches, which moves the expensive first levels to a coarser grid; with `local` the encoder sees one cell of the grid at a
 time, so that a code says what is in its own cell and nothing about the neighbours, and fewer pictures teach a model to predict it.
 """
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -27,7 +31,12 @@ class ConvolutionalConfig(AutoencoderConfig):
     channels: int = Field(default=128, ge=4)
     multipliers: tuple[int, ...]
     blocks_per_level: int = Field(default=2, ge=1)
-    attention: bool  # at the lowest level; in the middle there is always one
+    decoder_blocks_per_level: int | None = Field(default=None, ge=1)  # one more than the encoder's if not given
+    middle_blocks: int = Field(default=2, ge=1)
+    attention: bool  # at the lowest level
+    middle_attention: bool = True
+    upsample: Literal["nearest", "depth-to-space"] = "nearest"
+    adaptive_norm: bool = False  # before each level of the decoder, a norm that the latents scale and shift
     latent_channels: int = Field(ge=1)
     patch_size: int = Field(default=1, ge=1)
     local: bool = False  # the encoder takes each cell of the grid for a picture of its own
@@ -114,6 +123,31 @@ class Halve(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+class DepthToSpace(nn.Module):
+    """Doubling by a convolution to four times the channels, of which each four become the corners of a cell (MAGVIT-v2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class AdaptiveNorm(nn.Module):
+    """GroupNorm whose scale and shift are linear in the latents' standard deviation and mean over the grid (MAGVIT-v2, section 3.2)."""
+
+    def __init__(self, latent_channels: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(min(MAX_GROUPS, channels // CHANNELS_PER_GROUP), channels, eps=1e-6, affine=False)
+        self.scale, self.shift = nn.Linear(latent_channels, channels), nn.Linear(latent_channels, channels)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(latents.flatten(2), dim=2)
+        scale, shift = self.scale((variance + 1e-6).sqrt()), self.shift(mean)
+        return scale[:, :, None, None] * self.norm(x) + shift[:, :, None, None]
+
+
 class Double(nn.Module):
     """Nearest-neighbour doubling and a convolution."""
 
@@ -135,8 +169,10 @@ def level(in_channels: int, out_channels: int, blocks: int, attention: bool) -> 
     return layers
 
 
-def middle(channels: int) -> list[nn.Module]:
-    return [ResidualBlock(channels, channels), Attention(channels), ResidualBlock(channels, channels)]
+def middle(channels: int, blocks: int, attention: bool) -> list[nn.Module]:
+    """The blocks at the lowest grid, with attention after the first if asked for."""
+    layers: list[nn.Module] = [ResidualBlock(channels, channels) for _ in range(blocks)]
+    return [layers[0], Attention(channels), *layers[1:]] if attention else layers
 
 
 class Encoder(nn.Module):
@@ -154,7 +190,7 @@ class Encoder(nn.Module):
             layers += level(before, width, config.blocks_per_level, config.attention and lowest)
             if not lowest:
                 layers.append(Halve(width))
-        self.layers = nn.Sequential(*layers, *middle(widths[-1]))
+        self.layers = nn.Sequential(*layers, *middle(widths[-1], config.middle_blocks, config.middle_attention))
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -177,14 +213,19 @@ class Decoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in reversed(config.multipliers)]
         self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        layers = middle(widths[0])
+        blocks = config.decoder_blocks_per_level or config.blocks_per_level + 1
+        layers = middle(widths[0], config.middle_blocks, config.middle_attention)
         for index, (before, width) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True)):
-            layers += level(before, width, config.blocks_per_level + 1, config.attention and index == 0)
+            if config.adaptive_norm:
+                layers.append(AdaptiveNorm(config.latent_channels, before))
+            layers += level(before, width, blocks, config.attention and index == 0)
             if index < len(widths) - 1:
-                layers.append(Double(width))
+                layers.append(Double(width) if config.upsample == "nearest" else DepthToSpace(width))
         self.layers = nn.Sequential(*layers)
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.layers(self.conv_in(latents))
+        hidden = self.conv_in(latents)
+        for layer in self.layers:
+            hidden = layer(hidden, latents) if isinstance(layer, AdaptiveNorm) else layer(hidden)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.patch_size)

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from stages.parts.autoencoders.autoencoder import Autoencoder, AutoencoderConfig, Reconstruction
 from stages.parts.config import parse_part
-from stages.parts.quantizers import QUANTIZERS, QuantizerConfig, VQConfig
+from stages.parts.quantizers import QUANTIZERS, Quantizer, QuantizerConfig, VQConfig
 
 
 class DiscreteConfig(AutoencoderConfig):
@@ -39,11 +39,11 @@ class DiscreteAutoencoder(Autoencoder):
     encoder: nn.Module
     decoder: nn.Module
 
-    def __init__(self, config: DiscreteConfig, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, config: DiscreteConfig, encoder: nn.Module, decoder: nn.Module, quantizer: Quantizer | None = None) -> None:
         super().__init__()
         self.config: DiscreteConfig = config
         self.encoder = encoder
-        self.quantizer = config.quantizer.build(config.latent_channels)
+        self.quantizer = quantizer or config.quantizer.build(config.latent_channels)
         self.decoder = decoder
 
     def encode(self, images: Tensor) -> Tensor:
