@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from stages.errors import DataError, UsageError
 from stages.hub import resolve
 from stages.model import covers
+from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLCNNConfig
 from stages.parts.autoencoders.published import DIFFUSERS, LEFT_OUT, OUR_OWN, layout_of, prefix_of, translate
 from stages.recipe import Recipe
@@ -121,6 +122,7 @@ def fill(learner: nn.Module, start: Start) -> str:
             hint=f"there is {', '.join(parts)}",
         )
     autoencoder = learner.get_submodule(f"{family}.{name}")
+    assert isinstance(autoencoder, Autoencoder)
     same_groups(autoencoder, start.released)
     found = translate(autoencoder, start.released.tensors, start.spec, part)
     autoencoder.load_state_dict(found, strict=False)  # `translate` was strict

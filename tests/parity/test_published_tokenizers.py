@@ -7,9 +7,8 @@ random, norms and biases too, so that a swapped one shows.
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from mmgen_cli.app import app
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.errors import DataError, UsageError
@@ -42,6 +43,13 @@ SIZES = {
 VQ_SIZES = {"kind": "cnn", **SIZES, "latent_channels": 6, "quantizer": {"kind": "vq", "codebook_size": 23, "codebook_dim": 5}}
 KL_SIZES = {"kind": "kl-cnn", **SIZES, "attention": False, "latent_channels": 3}
 QUIET = RunOptions(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """Training sets deterministic algorithms; the next test may not want them."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pictures() -> Tensor:
@@ -154,6 +162,45 @@ class PublishedVQ(Published):
         return self.decode(self.w.conv("post_quant_conv", quantized, self.sizes["latent_channels"], 1))
 
 
+class PublishedVAR(Published):
+    """VAR's tokenizer: codes of ever finer square grids, what is left over averaged down, looked up, brought back, convolved, subtracted."""
+
+    def __init__(self, w: Weights, sizes: dict[str, Any]) -> None:
+        super().__init__(w, sizes, joint=True)
+        self.quantizer = sizes["quantizer"]
+        self.sides = self.quantizer["sides"]
+
+    def before_codes(self, images: Tensor) -> Tensor:
+        return self.w.conv("quant_conv", self.encode(images, self.sizes["latent_channels"]), self.quantizer["codebook_dim"])
+
+    def codebook(self) -> Tensor:
+        return self.w("quantize.embedding.weight", self.quantizer["codebook_size"], self.quantizer["codebook_dim"], std=1.0)
+
+    def part(self, codes: Tensor, scale: int) -> Tensor:
+        """(b, side · side) codes → what they add to the latents. Of four convolutions at 1/12, 13/36, 23/36, 11/12 the nearest."""
+        b, side, last = len(codes), self.sides[scale], len(self.sides) - 1
+        vectors = F.embedding(codes, self.codebook()).view(b, side, side, -1).permute(0, 3, 1, 2)
+        if scale < last:
+            vectors = F.interpolate(vectors, size=(self.sides[-1],) * 2, mode="bicubic")
+        nearest = min(range(4), key=lambda i: abs(1 / 12 + i * (11 / 12 - 1 / 12) / 3 - scale / last))
+        for i in range(4):  # all of them are there, used or not
+            self.w.conv(f"quantize.quant_resi.qresi_ls.{i}", vectors, vectors.shape[1])
+        return 0.5 * vectors + 0.5 * self.w.conv(f"quantize.quant_resi.qresi_ls.{nearest}", vectors, vectors.shape[1])
+
+    def codes(self, images: Tensor) -> Tensor:
+        left, found = self.before_codes(images), []
+        for scale, side in enumerate(self.sides):
+            rows = F.adaptive_avg_pool2d(left, side).flatten(2).transpose(1, 2)
+            found.append(torch.cdist(rows, self.codebook().expand(len(rows), -1, -1)).argmin(2))
+            left = left - self.part(found[-1], scale)
+        return torch.cat(found, 1)
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        parts = codes.split([side**2 for side in self.sides], 1)
+        latents = torch.stack([self.part(part, scale) for scale, part in enumerate(parts)]).sum(0)
+        return self.decode(self.w.conv("post_quant_conv", latents, self.sizes["latent_channels"]))
+
+
 class PublishedKL(Published):
     """The autoencoder of latent diffusion; without `pointwise` as in SD3 and FLUX."""
 
@@ -241,6 +288,22 @@ def test_llamagen(tmp_path: Path) -> None:
     codes = theirs.codes(pictures())
     assert len(codes.unique()) > 5
     assert torch.equal(ours.encode_codes(pictures()), codes)
+    close(ours.decode_codes(codes), theirs.decode_codes(codes))
+
+
+@torch.no_grad()
+def test_var(tmp_path: Path) -> None:
+    """Query, key and value in one convolution, 3 x 3 around the codes, four φ for all scales; a counter of hits is left out."""
+    images = pictures()[..., :16]
+    sizes = {**VQ_SIZES, "quantizer": {"kind": "multi-scale", "codebook_size": 23, "codebook_dim": 5, "sides": [1, 2, 3, 4]}}
+    theirs = PublishedVAR(Weights(), sizes)
+    theirs.decode_codes(theirs.codes(images))
+    spread_codes(theirs.before_codes(images), theirs.codebook())
+    path = save_torch(tmp_path / "vae.pth", {**theirs.w.tensors, "quantize.ema_vocab_hit_SV": torch.zeros(4, 23)})
+    ours = started(sizes, path)
+    codes = theirs.codes(images)
+    assert len(codes.unique()) > 5
+    assert torch.equal(ours.encode_codes(images), codes)
     close(ours.decode_codes(codes), theirs.decode_codes(codes))
 
 
@@ -385,6 +448,12 @@ def run_vq(sizes: dict[str, Any], **style: bool) -> dict[str, Tensor]:
     return theirs.w.tensors
 
 
+def run_var(sizes: dict[str, Any]) -> dict[str, Tensor]:
+    theirs = PublishedVAR(Weights("meta"), sizes)
+    theirs.decode_codes(theirs.codes(torch.empty(1, 3, 256, 256, device="meta")))
+    return theirs.w.tensors
+
+
 def run_kl(sizes: dict[str, Any]) -> dict[str, Tensor]:
     theirs = PublishedKL(Weights("meta"), sizes)
     theirs.decode_latents(theirs.moments(torch.empty(1, 3, 32, 32, device="meta"))[:, : sizes["latent_channels"]])
@@ -407,6 +476,11 @@ def run_diffusers(sizes: dict[str, Any]) -> dict[str, Tensor]:
 
 FULL: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Tensor]]]] = {
     "taming": ("vqgan", run_vq),
+    "chameleon": ("chameleon-vq", run_vq),
+    "llamagen": ("llamagen-vq", partial(run_vq, llamagen=True)),
+    "var": ("var-tokenizer", run_var),
+    "ldm-16": ("kl-autoencoder-16", run_kl),
+    "diffusers-kl-16": ("kl-autoencoder-16", run_diffusers),
     "ldm": ("kl-autoencoder", run_kl),
     "diffusers-vq": ("vqgan", run_diffusers),
     "diffusers-kl": ("kl-autoencoder", run_diffusers),
@@ -522,33 +596,24 @@ def sets(address: str, sizes: dict[str, Any], **more: Any) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in flat.items()]
 
 
-@pytest.mark.slow
+def typed(*words: str) -> None:
+    answer = CliRunner().invoke(app, [*words, "-q"])
+    assert answer.exit_code == 0, answer.output
+
+
 def test_from_the_command_line(shards: Path, tmp_path: Path) -> None:
+    """Released weights as a tokenizer, without training: the latents in the shards are those of the public class."""
     theirs = their_kl(KL_SIZES, scaling_factor=0.5)
     theirs.save_pretrained(tmp_path / "vae")
     overrides = [word for assignment in sets("autoencoders.vae", KL_SIZES) for word in ("--set", assignment)]
-    command = [
-        "pretrain-tokenizer",
-        str(shards),
-        "--recipe",
-        "kl-autoencoder",
-        "--size",
-        "paper",
-        "--init",
-        f"autoencoders.vae={tmp_path / 'vae'}",
-    ]
-    run = [sys.executable, "-m", "mmgen_cli"]
-    subprocess.run([*run, *command, *overrides, "--out", str(tmp_path / "out"), "-q"], check=True)
-    subprocess.run(
-        [*run, "tokenize", str(shards), "--tokenizer", str(tmp_path / "out"), "--out", str(tmp_path / "latents"), "-q"], check=True
-    )
+    start, out = f"autoencoders.vae={tmp_path / 'vae'}", str(tmp_path / "out")
+    typed("pretrain-tokenizer", str(shards), "--recipe", "kl-autoencoder", "--size", "paper", "--init", start, *overrides, "--out", out)
+    typed("tokenize", str(shards), "--tokenizer", out, "--out", str(tmp_path / "latents"))
     sample = open_shards(str(tmp_path / "latents"), split="val")[0]
     with torch.no_grad():
         image = torch.from_numpy(sample.fields["image"]).permute(2, 0, 1)[None] / 127.5 - 1
         expected = theirs.encode(image).latent_dist.mean[0] * 0.5
-    torch.testing.assert_close(
-        torch.from_numpy(sample.fields["image.latents"]).float(), expected, atol=2e-3, rtol=2e-3
-    )  # stored as float16
+    torch.testing.assert_close(torch.from_numpy(sample.fields["image.latents"]).float(), expected, atol=2e-3, rtol=2e-3)  # stored as float16
 
 
 def test_released_latents_keep_the_scale_of_their_release(shards: Path, tmp_path: Path) -> None:

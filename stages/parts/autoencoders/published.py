@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from stages.errors import DataError
-from stages.parts.autoencoders.cnn import Attention, Double, Halve, ResidualBlock
+from stages.parts.autoencoders.autoencoder import Autoencoder
+from stages.parts.autoencoders.cnn import Attention, ConvolutionalConfig, Double, Halve, ResidualBlock
 
 ROOT = "encoder.conv_in.weight"  # in every layout; what stands before it is the prefix of a larger model (first_stage_model., vae., ...)
 
@@ -125,6 +126,7 @@ AROUND: dict[str, Places] = {  # outside encoder and decoder all agree
     "quantizer.project_in": ("quant_conv",),
     "quantizer.project_out": ("post_quant_conv",),
     "quantizer.codebook": ("quantize.embedding.weight",),
+    "quantizer.phi": ("quantize.quant_resi.qresi_ls",),  # VAR's
 }
 LEFT_OUT = (  # of theirs: what is not the autoencoder
     "loss.",
@@ -170,13 +172,15 @@ def layout_of(names: Iterable[str], where: str) -> Layout:
     )
 
 
-def places(module: nn.Module, layout: Layout) -> Iterator[tuple[str, Places]]:
+def places(module: Autoencoder, layout: Layout) -> Iterator[tuple[str, Places]]:
     """Our modules and parameters by their path, each with where its weights may be in that layout."""
+    config = module.config
+    assert isinstance(config, ConvolutionalConfig)
     for half in ("encoder", "decoder"):
         yield f"{half}.conv_in", (f"{half}.conv_in",)
         yield f"{half}.conv_out", (f"{half}.conv_out",)
         yield f"{half}.norm_out", (f"{half}.{layout.norm_out}",)
-        for index, kind, place in walk(half, list(module.get_submodule(f"{half}.layers").children())):
+        for index, kind, place in walk(half, list(module.get_submodule(f"{half}.layers").children()), config):
             stem = layout.layers[kind].format(**place)
             leaves = layout.block if kind.endswith("block") else layout.attention if kind.endswith("attention") else _same("conv")
             for leaf, options in leaves.items():
@@ -188,15 +192,17 @@ def _below(stem: str, place: Place) -> Place:
     return f"{stem}.{place}" if isinstance(place, str) else Third(f"{stem}.{place.name}", place.part)
 
 
-def walk(half: str, layers: list[nn.Module]) -> Iterator[tuple[int, str, dict[str, int | str]]]:
-    """Of every layer its index, what it is, and the numbers by which it may be called."""
-    middle = range(3) if half == "decoder" else range(len(layers) - 3, len(layers))
+def walk(half: str, layers: list[nn.Module], config: ConvolutionalConfig) -> Iterator[tuple[int, str, dict[str, int | str]]]:
+    """Of every layer that has a name in the layouts its index, what it is, and the numbers by which it may be called."""
+    count = config.middle_blocks + config.middle_attention
+    middle = range(count) if half == "decoder" else range(len(layers) - count, len(layers))
     body = [index for index in range(len(layers)) if index not in middle]
     levels = 1 + sum(isinstance(layer, (Halve, Double)) for layer in layers)
     for area, indices in (("middle", middle), (half, body)):
         step, counts = 0, Counter[str]()
         for index in indices:
-            kind = KINDS[type(layers[index])]
+            if (kind := KINDS.get(type(layers[index]))) is None:
+                continue
             number = counts[kind]
             yield (
                 index,
@@ -215,12 +221,14 @@ def walk(half: str, layers: list[nn.Module]) -> Iterator[tuple[int, str, dict[st
                 step, counts = step + 1, Counter()
 
 
-def translate(module: nn.Module, tensors: Mapping[str, Tensor], where: str, part: str = "") -> dict[str, Tensor]:
+def translate(module: Autoencoder, tensors: Mapping[str, Tensor], where: str, part: str = "") -> dict[str, Tensor]:
     """Released weights (without prefix) under our names, in our shapes: all of the module's, or those below `part`.
 
     DataError lists what is missing, what is left over (not asked where only a part is wanted), and what has another shape.
     """
     layout = layout_of(tensors, where)
+    if not isinstance(module.config, ConvolutionalConfig):
+        raise DataError(f"{where}: a convolutional autoencoder (layout {layout.name}), and this recipe's is of kind '{module.config.kind}'")
     table = sorted(places(module, layout), key=lambda entry: -len(entry[0]))
     found: dict[str, Tensor] = {}
     missing: list[str] = []
