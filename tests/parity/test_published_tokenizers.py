@@ -613,7 +613,9 @@ def test_from_the_command_line(shards: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         image = torch.from_numpy(sample.fields["image"]).permute(2, 0, 1)[None] / 127.5 - 1
         expected = theirs.encode(image).latent_dist.mean[0] * 0.5
-    torch.testing.assert_close(torch.from_numpy(sample.fields["image.latents"]).float(), expected, atol=2e-3, rtol=2e-3)  # stored as float16
+    torch.testing.assert_close(
+        torch.from_numpy(sample.fields["image.latents"]).float(), expected, atol=2e-3, rtol=2e-3
+    )  # stored as float16
 
 
 def test_released_latents_keep_the_scale_of_their_release(shards: Path, tmp_path: Path) -> None:
