@@ -123,8 +123,8 @@ def fill(learner: nn.Module, start: Start) -> str:
         )
     autoencoder = learner.get_submodule(f"{family}.{name}")
     assert isinstance(autoencoder, Autoencoder)
-    same_groups(autoencoder, start.released)
     found = translate(autoencoder, start.released.tensors, start.spec, part)
+    same_groups(autoencoder, start.released)
     autoencoder.load_state_dict(found, strict=False)  # `translate` was strict
     if any(weight.startswith("quantizer.") for weight in found):
         start_counting(autoencoder)

@@ -567,6 +567,22 @@ def test_norms_of_other_groups_are_refused(tmp_path: Path) -> None:
         started(sizes, tmp_path)
 
 
+def test_a_recipe_of_another_size_or_kind_is_told_so(tmp_path: Path) -> None:
+    path = save_torch(tmp_path / "a.pt", vqgan_weights().w.tensors)
+    with pytest.raises(DataError, match=r"weights missing, .*missing: encoder\.down\.0\.block\.1\.norm1\.weight"):
+        started({**VQ_SIZES, "blocks_per_level": 2, "attention": False}, path)
+    vit = {"kind": "vit", "downsample": 8, "width": 16, "depth": 1, "heads": 2}
+    with pytest.raises(DataError, match=r"a convolutional autoencoder \(layout CompVis\), and this recipe's is of kind 'vit'"):
+        started(vit, path)
+
+
+def test_half_precision_becomes_single(tmp_path: Path) -> None:
+    weights = {name: value.half() for name, value in vqgan_weights().w.tensors.items()}
+    ours = started(VQ_SIZES, save_torch(tmp_path / "a.pt", weights)).state_dict()
+    assert torch.equal(ours["encoder.conv_in.weight"], weights["encoder.conv_in.weight"].float())
+    assert all(value.dtype == torch.float32 for value in ours.values())
+
+
 def test_only_autoencoders_start_from_a_release(tmp_path: Path) -> None:
     start = open_starts({"autoencoders.b": str(save_torch(tmp_path / "a.pt", vqgan_weights().w.tensors))})[0]
     with pytest.raises(UsageError, match=r"--init autoencoders\.b: .*no such part") as caught:
