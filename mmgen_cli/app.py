@@ -98,6 +98,7 @@ def pretrain_tokenizer(
     out: o.Out,
     set: o.Settings = None,
     size: o.Size = None,
+    init: o.Init = None,
     val: o.Validation = None,
     max_steps: o.MaxSteps = None,
     max_minutes: o.MaxMinutes = None,
@@ -118,13 +119,13 @@ def pretrain_tokenizer(
     check_push(push)
     from stages.recipe import load_recipe
 
-    loaded = load_recipe(recipe, size=size, sets=set)
+    loaded, starts = load_recipe(recipe, size=size, sets=set), o.pairs(init, "--init")
     if dry_run:
         print_plan(training_plan(loaded, "pretrain-tokenizer", shards, out), as_json=json)
         return
     from stages.pretrain_tokenizer import pretrain_tokenizer as stage
 
-    give_checkpoint(stage(loaded, shards, Path(out), run_options(ctx), val=val), push=push, as_json=json)
+    give_checkpoint(stage(loaded, shards, Path(out), run_options(ctx), val=val, init=starts), push=push, as_json=json)
 
 
 @app.command(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from stages.errors import MmgenError, UsageError
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SCHEME = "hf://"
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # a file by its name is fetched whatever it is; who reads it runs nothing
 NEVER = ["state/*", ".mmgen/*", ".*.tmp", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.bin", "*.ckpt"]  # training state, and what may hold code
 
 
 @dataclass(frozen=True)
 class Address:
-    """A model repository, a revision of it (None: the newest), and a folder inside it ("": the whole)."""
+    """A model repository, a revision of it (None: the newest), and a folder or file of weights inside it ("": the whole)."""
 
     repository: str
     revision: str | None = None
@@ -46,22 +47,25 @@ def is_model(spec: str) -> bool:
 
 
 def resolve(spec: str | Path, *, api: "HfApi | None" = None) -> Path:
-    """The local folder of a checkpoint: itself, or for `hf://...` the downloaded copy (kept in the Hub's own cache).
+    """The local folder of a checkpoint, or file of weights: itself, or for `hf://...` the downloaded copy (kept in the Hub's own cache).
 
-    Raises UsageError when the address is malformed or there is no such repository or folder, MmgenError when the Hub is out of reach.
+    Raises UsageError when the address is malformed or there is no such repository, folder or file, MmgenError when the Hub is out of reach.
     """
     if not str(spec).startswith(SCHEME):
         return Path(spec)
     address = parse_address(str(spec))
+    is_file = address.folder.endswith(WEIGHTS)
+    patterns = [f"{address.folder}/*"] if address.folder else None
+    if is_file:  # with the config.json beside it
+        patterns = [address.folder, (PurePosixPath(address.folder).parent / "config.json").as_posix()]
     with _hub_errors(str(spec)):
-        patterns = [f"{address.folder}/*"] if address.folder else None
         local = (api or _api()).snapshot_download(
-            address.repository, revision=address.revision, allow_patterns=patterns, ignore_patterns=NEVER
+            address.repository, revision=address.revision, allow_patterns=patterns, ignore_patterns=[] if is_file else NEVER
         )
-    folder = Path(local) / address.folder
-    if not folder.is_dir():
-        raise UsageError(f"{spec}: the repository {address.repository} has no folder '{address.folder}'")
-    return folder
+    found = Path(local) / address.folder
+    if not (found.is_file() if is_file else found.is_dir()):
+        raise UsageError(f"{spec}: the repository {address.repository} has no {'file' if is_file else 'folder'} '{address.folder}'")
+    return found
 
 
 def push(folder: Path, spec: str, *, api: "HfApi | None" = None) -> str:

@@ -8,7 +8,7 @@ anybody but a resume. A recipe with nothing but a text tokenizer learns that fro
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
-from stages.errors import DataError, GuardError, RecipeError, nearest
+from stages.errors import DataError, GuardError, RecipeError, UsageError, nearest
 from stages.metrics.codebook import perplexity, usage
 from stages.metrics.psnr import psnr
 from stages.model import count_parameters, set_trainable
@@ -37,6 +37,7 @@ from stages.training.checkpoint import save_checkpoint
 from stages.training.ema import EMA
 from stages.training.loop import Progress, StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
 from stages.training.order import Order
+from stages.training.released import Start, fill, open_starts, with_released_scale
 from stages.training.stream import not_shared
 
 IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are decoded again every epoch
@@ -48,9 +49,12 @@ BATCH = 64  # pictures at once when nothing is learned
 
 
 @ranks.joined()
-def pretrain_tokenizer(recipe: Recipe, shards: str, out: Path, options: RunOptions, val: str | None = None) -> Path:
+def pretrain_tokenizer(
+    recipe: Recipe, shards: str, out: Path, options: RunOptions, val: str | None = None, init: Mapping[str, str] | None = None
+) -> Path:
     """Train the recipe's one autoencoder, or its one text tokenizer if it has no other part. Returns the checkpoint folder.
 
+    init: address → checkpoint or released weights that the autoencoder, or a part of it, starts from (`stages/training/released.py`).
     val: shards to validate on; default is the split `val` beside `train`, if there is one.
     """
     data = open_shards(
@@ -62,12 +66,18 @@ def pretrain_tokenizer(recipe: Recipe, shards: str, out: Path, options: RunOptio
         mixing=True,
     )
     validation = _open_validation(shards, val)
-    inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
+    starts = open_starts({**recipe.init_from, **(init or {})})
+    recipe = with_released_scale(recipe, starts)
+    inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}, *(start.as_input() for start in starts)]
     with Run(out, stage="pretrain-tokenizer", options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
         if run.complete:
             return out
         if recipe.autoencoders:
-            _train_autoencoder(recipe, data, validation, run, options)
+            _train_autoencoder(recipe, data, validation, run, options, starts)
+        elif starts:
+            raise UsageError(
+                f"--init {starts[0].address}: recipe '{recipe.name}' has no autoencoder, and a text tokenizer starts from nothing"
+            )
         else:
             _train_text_tokenizer(recipe, data, validation, run, options)
     return out
@@ -301,13 +311,18 @@ def to_images(batch: PictureBatch, device: torch.device) -> Tensor:
     return batch.pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
-def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, run: Run, options: RunOptions) -> None:
+def _train_autoencoder(
+    recipe: Recipe, data: Shards, validation: Shards | None, run: Run, options: RunOptions, starts: Sequence[Start] = ()
+) -> None:
     started = time.monotonic()
     deterministic()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     plan, phases = plan_autoencoder(recipe), recipe.phases_for("pretrain-tokenizer")
-    learner = Learner(recipe, plan, options.seed).to(device)
+    learner = Learner(recipe, plan, options.seed)
+    for start in starts:
+        run.say(fill(learner, start))
+    learner.to(device)
     autoencoder = learner.autoencoder
     pictures = Pictures(data, plan, phases[0], options.seed, options.limit, shared=True)
     assert pictures.shape is not None
@@ -377,7 +392,7 @@ def _train_autoencoder(recipe: Recipe, data: Shards, validation: Shards | None, 
         autoencoder.fit_latent_scale(to_images(batch, device) for batch in pictures.batches(NUM_SCALE))
     numbers = measure(autoencoder, held_out, NUM_VALIDATION, device)
     run.log(step=ledger.total_step, phase=phases[ledger.phase].name, **{f"val/{name}": value for name, value in numbers.items()})
-    if not stopped and numbers.get("perplexity", DEAD_PERPLEXITY) < DEAD_PERPLEXITY:
+    if ledger.total_step and not stopped and numbers.get("perplexity", DEAD_PERPLEXITY) < DEAD_PERPLEXITY:
         raise GuardError(
             f"the codebook died: {numbers['codes']:,} codes of held-out pictures have a perplexity of {numbers['perplexity']:.2f}",
             hint=f"autoencoders.{plan.autoencoder}.quantizer: revive = 0.03 moves unused codes, decay = 0.99 makes the codebook follow",

@@ -24,6 +24,7 @@ class FolderHub:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.error: Exception | None = None
+        self.asked: tuple[list[str] | None, Sequence[str]] = (None, ())
 
     def create_repo(self, repository: str, *, exist_ok: bool) -> None:
         (self.root / repository).mkdir(parents=True, exist_ok=exist_ok)
@@ -50,6 +51,7 @@ class FolderHub:
     ) -> str:
         if self.error:
             raise self.error
+        self.asked = (allow_patterns, ignore_patterns)
         return str(self.root / repository)
 
 
@@ -98,6 +100,17 @@ def test_a_folder_inside_a_repository_is_a_checkpoint_too(tmp_path: Path, hub: F
     assert (resolve("hf://me/all/vq", api=hub) / "config.json").is_file()  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no folder 'bpe'"):
         resolve("hf://me/all/bpe", api=hub)  # type: ignore[arg-type]
+
+
+def test_a_file_of_weights_is_fetched_by_its_name(tmp_path: Path, hub: FolderHub) -> None:
+    """With the config.json beside it. Pickled ones too: whoever asks for such a file reads nothing but its tensors."""
+    (tmp_path / "hub" / "me" / "all" / "vae").mkdir(parents=True)
+    (tmp_path / "hub" / "me" / "all" / "vae" / "vq.pth").write_bytes(b"weights")
+    assert resolve("hf://me/all@main/vae/vq.pth", api=hub).read_bytes() == b"weights"  # type: ignore[arg-type]
+    assert hub.asked == (["vae/vq.pth", "vae/config.json"], [])
+    with pytest.raises(UsageError, match=r"no file 'vq\.pth'"):
+        resolve("hf://me/all/vq.pth", api=hub)  # type: ignore[arg-type]
+    assert hub.asked == (["vq.pth", "config.json"], [])
 
 
 def test_a_local_folder_is_itself() -> None:

@@ -212,7 +212,7 @@ def load_any_tokenizer(folder: Path, device: str = "cpu") -> TextTokenizer | Aut
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else load_autoencoder(folder, device)
 
 
-def init_part(model: Model, address: str, folder: Path) -> list[str]:
+def init_part(model: nn.Module, address: str, folder: Path) -> list[str]:
     """Start one part of a model from a checkpoint; returns the addresses that were filled.
 
     `folder` may end in `#address` of the source part; without it the same address is tried, then the parts of the same family. A
@@ -232,7 +232,7 @@ def init_part(model: Model, address: str, folder: Path) -> list[str]:
         if source_address
         else [address, *sorted({".".join(n.split(".")[:2]) for n in weights if n.startswith(family + ".")} - {address})]
     )
-    network = model.recipe.backbones.get(address.removeprefix("backbones.")) if family == "backbones" else None
+    network = model.recipe.backbones.get(address.removeprefix("backbones.")) if isinstance(model, Model) and family == "backbones" else None
     problem = ""
     for candidate in candidates:
         found = {address + name.removeprefix(candidate): value for name, value in weights.items() if covers(candidate, name)}

@@ -39,7 +39,7 @@ TRAINING = """--recipe --set --size --val --max-steps --max-minutes --limit --se
     --on-bad-sample --max-bad-fraction --push --out --overwrite --dry-run --json --quiet"""
 FLAGS = {  # adding a flag is a decision: it is made here as well
     "import": "",
-    "pretrain-tokenizer": TRAINING,
+    "pretrain-tokenizer": TRAINING + " --init",
     "tokenize": """--tokenizer --check --limit --device --on-bad-sample --max-bad-fraction
         --out --overwrite --dry-run --json --quiet""",
     "align": TRAINING + " --init --tokenizer --parallel --workers",

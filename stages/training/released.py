@@ -1,0 +1,241 @@
+"""An autoencoder that somebody else released, as the start of a training run: `--init autoencoders.NAME=SOURCE`.
+
+SOURCE is a file (.safetensors, or .pt, .pth, .ckpt, .bin, of which nothing but tensors is read), a folder with config.json and
+*.safetensors, in several pieces too, or the same on the Hub; `#PATH` picks an autoencoder inside a larger model. Which layout it is in
+shows in its names, see `stages/parts/autoencoders/published.py`:
+
+    mmgen pretrain-tokenizer data --recipe kl-autoencoder --size paper --set phases.train.steps=0 --out runs/sd-vae \\
+        --init autoencoders.vae=hf://stabilityai/sd-vae-ft-mse
+    mmgen pretrain-tokenizer data --recipe llamagen-vq --size paper --set phases.train.steps=0 --out runs/llamagen \\
+        --init autoencoders.vq=hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt
+
+With no steps the weights stay as released: held-out pictures are measured, and the checkpoint is one like any other.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stages.errors import DataError, UsageError
+from stages.hub import resolve
+from stages.model import covers
+from stages.parts.autoencoders import Autoencoder
+from stages.parts.autoencoders.kl_cnn import KLCNNConfig
+from stages.parts.autoencoders.published import DIFFUSERS, LEFT_OUT, OUR_OWN, layout_of, prefix_of, translate
+from stages.recipe import Recipe
+from stages.training.checkpoint import checkpoint_input, init_part, is_unfinished
+
+INSIDE = ("ema", "model", "state_dict")  # where a .pt keeps its weights, the averaged ones before the others
+USUAL = ("diffusion_pytorch_model", "model")  # of several files in one folder
+NEVER_SCALED = 0.18215  # what AutoencoderKL of diffusers takes where a config.json, as those of 2022, does not say it
+LONG_RUN = 100.0  # latents that each released code counts as having won, so that none of them is taken for dead and moved
+
+
+@dataclass(frozen=True)
+class Released:
+    """Weights without their prefix, and what the config.json beside them says."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def layout(self) -> str:
+        return layout_of(self.tensors, self.source).name
+
+    @property
+    def scale_and_shift(self) -> tuple[float, float] | None:
+        """(mean - shift) · scale, where the release says it: config.json of diffusers' AutoencoderKL."""
+        if self.config.get("_class_name") != "AutoencoderKL" or self.layout != DIFFUSERS.name:
+            return None
+        return float(self.config.get("scaling_factor") or NEVER_SCALED), float(self.config.get("shift_factor") or 0.0)
+
+    def fingerprint(self) -> str:
+        """sha256 of the tensors and of what is read of the config, never of the files."""
+        digest = hashlib.sha256(repr(self.scale_and_shift).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one part of the recipe starts: a checkpoint of ours (None), or what was released."""
+
+    address: str
+    spec: str
+    path: Path
+    inside: str
+    released: Released | None
+
+    def as_input(self) -> dict[str, Any]:
+        role = f"init {self.address}"
+        if self.released is None:
+            return checkpoint_input(self.spec, self.path, role)
+        return {"role": role, "path": self.spec, "layout": self.released.layout, "fingerprint": self.released.fingerprint()}
+
+
+def open_starts(init: Mapping[str, str]) -> list[Start]:
+    """Every source of --init, released weights read. init: address → folder, file or hf://…, each with `#PATH` or without."""
+    starts = []
+    for address, spec in init.items():
+        text, _, inside = spec.partition("#")
+        path = resolve(text)
+        ours = (path / "recipe.toml").is_file() or is_unfinished(path)
+        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside)))
+    return starts
+
+
+def with_released_scale(recipe: Recipe, starts: Iterable[Start]) -> Recipe:
+    """The recipe with shift and scale of continuous latents as the release defines them, unless it says them itself."""
+    for start in starts:
+        name = start.address.split(".")[1] if start.address.startswith("autoencoders.") else ""
+        config = recipe.autoencoders.get(name)
+        found = start.released.scale_and_shift if start.released else None
+        if found and isinstance(config, KLCNNConfig) and config.latent_scale is None:
+            table = {**recipe.source["autoencoders"][name], "latent_scale": found[0], "latent_shift": found[1]}
+            recipe = recipe.with_parts({f"autoencoders.{name}": table})
+    return recipe
+
+
+def fill(learner: nn.Module, start: Start) -> str:
+    """Put one start into the weights of `learner`, whose names are addresses; returns what was done, in words."""
+    if start.released is None:
+        source = f"{start.path}#{start.inside}" if start.inside else str(start.path)
+        return f"{', '.join(init_part(learner, start.address, Path(source)))} from {start.spec}"
+    family, _, rest = start.address.partition(".")
+    name, _, part = rest.partition(".")
+    if family != "autoencoders" or not any(covers(start.address, weight) for weight in learner.state_dict()):
+        parts = sorted({".".join(weight.split(".")[:2]) for weight in learner.state_dict() if weight.startswith("autoencoders.")})
+        raise UsageError(
+            f"--init {start.address}: released weights are read for autoencoders, and there is no such part",
+            hint=f"there is {', '.join(parts)}",
+        )
+    autoencoder = learner.get_submodule(f"{family}.{name}")
+    assert isinstance(autoencoder, Autoencoder)
+    found = translate(autoencoder, start.released.tensors, start.spec, part)
+    same_groups(autoencoder, start.released)
+    autoencoder.load_state_dict(found, strict=False)  # `translate` was strict
+    if any(weight.startswith("quantizer.") for weight in found):
+        start_counting(autoencoder)
+    return f"{start.address} from {start.spec} (layout {start.released.layout})"
+
+
+def same_groups(autoencoder: nn.Module, released: Released) -> None:
+    """The one number that no weight shows: into how many groups the norms part the channels."""
+    theirs = released.config.get("norm_num_groups")
+    ours = {module.num_groups for module in autoencoder.modules() if isinstance(module, nn.GroupNorm)}
+    if theirs is not None and ours != {theirs}:
+        raise DataError(f"{released.source}: config.json says norm_num_groups = {theirs}, the norms of this recipe have {sorted(ours)}")
+
+
+@torch.no_grad()
+def start_counting(autoencoder: nn.Module) -> None:
+    """A codebook's running numbers as if all its codes had been used alike: no release has them."""
+    weights = autoencoder.state_dict()
+    for name in OUR_OWN:
+        if name.endswith(".counts") and name in weights:
+            weights[name].fill_(LONG_RUN)
+        elif name.endswith(".sums") and name in weights:
+            weights[name].copy_(LONG_RUN * weights[name.replace(".sums", ".codebook")])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def read_released(path: Path, inside: str = "") -> Released:
+    """The autoencoder in a file or folder. UsageError if there is nothing to read, DataError if it is damaged or no autoencoder."""
+    if not path.exists():
+        raise UsageError(
+            f"{path}: no such file or folder", hint="--init takes a checkpoint, a file of weights, a folder of them, or hf://ORG/NAME"
+        )
+    folder = path if path.is_dir() else path.parent
+    files = weight_files(path) if path.is_dir() else [path]
+    if all(file.suffix == ".safetensors" for file in files):
+        tensors = read_safetensors(files, inside)
+    else:
+        everything = read_torch(path)
+        tensors = {name: everything[full] for name, full in names_below(everything, str(path), inside).items()}
+    config = folder / "config.json"
+    try:
+        facts = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{config}: not JSON: {error}") from None
+    return Released(str(path), tensors, facts if isinstance(facts, dict) else {})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The pieces of the one model in a folder."""
+    found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    stems = [*(index.name.removesuffix(".safetensors.index.json") for index in indexes), *USUAL]
+    for stem in stems:
+        if f"{stem}.safetensors" in found:
+            return [found[f"{stem}.safetensors"]]
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            absent = [name for name in names if name not in found]
+            if absent:
+                raise DataError(f"{index}: lists {', '.join(absent)}, not in the folder")
+            return [found[name] for name in names]
+    if len(found) == 1:
+        return list(found.values())
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".bin"))
+    raise UsageError(
+        f"{folder}: expected the weights of one model (*.safetensors), found {', '.join(found) or 'none'}",
+        hint=f"name the file, such as {folder / next(iter([*found, *others]))}" if found or others else "",
+    )
+
+
+def names_below(names: Iterable[str], where: str, inside: str) -> dict[str, str]:
+    """Of all names those of the one autoencoder: without their prefix → as they are. What only its training needed is left out."""
+    names = list(names)
+    prefix = prefix_of(names, where, inside)
+    short = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    return {name: full for name, full in short.items() if not name.startswith(LEFT_OUT)}
+
+
+def read_safetensors(files: list[Path], inside: str) -> dict[str, Tensor]:
+    """The autoencoder's tensors out of one file or several; a larger model around it is not read."""
+    where = str(files[0] if len(files) == 1 else files[0].parent)
+    try:
+        opened = [safe_open(path, framework="pt") for path in files]
+        holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: holder[full].get_tensor(full) for name, full in names_below(holder, where, inside).items()}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{where}: cannot be read as safetensors ({error})") from None
+
+
+def read_torch(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote. Nothing in it is run: a file that holds more than tensors is refused."""
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked is None:
+            raise DataError(f"{path}: cannot be read as weights, it is damaged or no file of torch.save") from None
+        raise UsageError(
+            f"{path}: holds Python objects beside its tensors ({asked[1]}); reading them could run anything, so it is refused",
+            hint="where you trust the file, keep its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)",
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read as weights ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
+    for key in INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise DataError(f"{path}: expected a table of tensors, found {type(found).__name__}")
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
