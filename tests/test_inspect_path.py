@@ -12,7 +12,11 @@ from stages.inspect_path import describe
 @pytest.fixture
 def folder(tmp_path):
     with ShardWriter(
-        tmp_path / "set", split="val", provenance={"from": "a test"}, field_tokenizers={"image.codes": "0123456789"}
+        tmp_path / "set",
+        split="val",
+        provenance={"from": "a test"},
+        field_tokenizers={"image.codes": "0123456789"},
+        codebook_sizes={"image.codes": 4096},
     ) as writer:
         for number in range(3):
             fields = {"image": np.zeros((5, 7, 3), np.uint8), "caption": "long " * 200, "image.codes": np.arange(6).reshape(2, 3) + number}
@@ -29,7 +33,7 @@ def test_shards_are_described_in_one_screen(folder):
     assert max(map(len, text.splitlines())) < 500
     for part in (
         "3 samples in 1 tars",
-        "int64    2 x 3  by tokenizer 01234567",
+        "int64    2 x 3  of 4,096 codes  by tokenizer 01234567",
         "uint8    5 x 7 x 3",
         "picture, 7 x 5 pixels",
         '{"from": "a test"}',

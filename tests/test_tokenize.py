@@ -9,17 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Generator, Tensor
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.errors import DataError, Preempted, UsageError
+from stages.import_data import import_data
 from stages.options import RunOptions
+from stages.parts.autoencoders import DiscreteAutoencoder
+from stages.parts.quantizers.quantizer import Quantized
+from stages.parts.quantizers.vq import VQ
 from stages.parts.tokenizers import load_tokenizer
 from stages.parts.views.square import to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
 from stages.recipe import load_recipe
 from stages.run import Run
-from stages.tokenize_shards import tokenize_shards
+from stages.tokenize_shards import Loaded, load_tokenizer_folder, plan_outputs, read_groups, tokenize_shards
 from stages.training.checkpoint import fingerprint, load_any_tokenizer, load_autoencoder
 
 QUIET = RunOptions(quiet=True)
@@ -174,6 +180,98 @@ def test_pictures_of_several_sizes_have_grids_of_their_own(checkpoints: dict[str
     folder = write(tmp_path / "mixed", 5, "train", sizes=((16, 24), (24, 8)))
     data = open_shards(str(tokenize_shards(str(folder), [checkpoints["vq"]], tmp_path / "out", QUIET)))
     assert [data[i].fields["image.codes"].shape for i in range(5)] == [(2, 3), (3, 1), (2, 3), (3, 1), (2, 3)]
+
+
+class Row(VQ):
+    """A quantizer whose codes have no rows and columns."""
+
+    def quantize(self, latents: Tensor, generator: Generator | None = None) -> Quantized:
+        found = super().quantize(latents, generator)
+        return Quantized(found.quantized, found.codes.flatten(1), found.losses)
+
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return super().lookup(codes.unflatten(1, grid or (round(codes.shape[1] ** 0.5),) * 2))
+
+
+def test_codes_in_a_row_are_written_and_checked_at_every_size(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "mixed", 5, "train", sizes=((16, 24), (24, 8)))
+
+    def run(out: Path) -> tuple[list[np.ndarray], list[Any]]:
+        data = open_shards(str(tokenize_shards(str(folder), [checkpoints["vq"]], out, QUIET, check=5)))
+        lines = [json.loads(line) for line in (out / ".mmgen" / "metrics.jsonl").read_text().splitlines()]
+        return [data[i].fields["image.codes"] for i in range(5)], [line["psnr"] for line in lines]
+
+    grids, scores = run(tmp_path / "grids")
+
+    def load_with_rows(folder: Path, device: str) -> Loaded:
+        loaded = load_tokenizer_folder(folder, device)
+        assert isinstance(loaded.part, DiscreteAutoencoder)
+        loaded.part.quantizer.__class__ = Row
+        return loaded
+
+    monkeypatch.setattr("stages.tokenize_shards.load_tokenizer_folder", load_with_rows)
+    rows, row_scores = run(tmp_path / "rows")
+    assert [row.shape for row in rows] == [(6,), (3,), (6,), (3,), (6,)]
+    assert all(np.array_equal(row, grid.ravel()) for row, grid in zip(rows, grids, strict=True))
+    assert row_scores == scores and len(scores) == 2  # image and source
+    assert open_shards(str(tmp_path / "rows")).fields["image.codes"]["shape"] == [None]
+
+
+def test_pictures_of_every_kind_are_tokenized_as_a_viewer_shows_them(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # stored 24 wide and 16 high, shown 16 wide and 24 high
+    colours = Image.fromarray(picture(0))
+    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "grey.jpg": (colours.convert("L"), {}),
+        "cmyk.jpg": (colours.convert("CMYK"), {}),
+        "turned.jpg": (colours, {"exif": turned}),
+        "grey16.png": (Image.fromarray(np.full((16, 24), 0x8080, np.uint16)), {}),
+        "alpha.png": (Image.new("RGBA", (24, 16), (0, 0, 0, 0)), {}),
+        "bit.png": (colours.convert("1"), {}),
+        "palette.png": (colours.quantize(16), {"transparency": 3}),
+        "moving.webp": (colours, {"save_all": True, "append_images": [Image.new("RGB", (24, 16))], "lossless": True}),
+        "moving.gif": (colours.quantize(16), {"save_all": True, "append_images": [Image.new("RGB", (24, 16))]}),
+    }
+    (tmp_path / "files").mkdir()
+    for name, (image, options) in kinds.items():
+        image.save(tmp_path / "files" / name, **options)
+    told = RunOptions(quiet=True, on_bad_sample="fail")
+    data = import_data("folder", str(tmp_path / "files"), tmp_path / "data", told, val_fraction=0.0)
+    out = open_shards(str(tokenize_shards(str(data), [checkpoints["vq"]], tmp_path / "out", told) / "train"))
+    shapes = {sample.fields["meta"]["file"]: sample.fields["image.codes"].shape for sample in out}
+    assert shapes == {name: (3, 2) if name == "turned.jpg" else (2, 3) for name in kinds}
+    shown = {sample.fields["meta"]["file"]: sample.fields["image"] for sample in out}
+    assert (shown["alpha.png"] == 255).all() and (shown["grey16.png"] == 128).all()
+    assert np.array_equal(shown["moving.webp"], picture(0))
+
+
+def test_large_pictures_come_in_smaller_groups(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "data", 7, "train")
+    monkeypatch.setattr("stages.tokenize_shards.PIXELS", 16 * 24 * 3)
+    data = open_shards(str(folder))
+    plan = plan_outputs([load_tokenizer_folder(checkpoints["vq"], "cpu")], data)
+    groups = list(read_groups(data, plan, range(7)))
+    assert [(len(group.samples), group.stop) for group in groups] == [(3, 3), (3, 6), (1, 7)]
+
+
+def test_a_bad_picture_is_named_from_the_thread_that_reads(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "data") as writer:
+        for n in range(70):
+            writer.write(Sample(f"{n:03d}", {"image": picture(n)}))
+    (path,) = (tmp_path / "data").glob("*.tar")
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"IDAT", whole.index(b"066.image.png"))
+    whole[at + 20 : at + 40] = bytes(20)
+    path.write_bytes(bytes(whole))
+    (tmp_path / "data" / ".mmgen" / "shardindex.json").unlink()  # as foreign shards: the index would refuse the change
+    told = RunOptions(quiet=True, on_bad_sample="fail")
+    with pytest.raises(DataError, match=r"066\.image\.png at byte .*png picture of 24 x 16 pixels cannot be decoded"):
+        tokenize_shards(str(tmp_path / "data"), [checkpoints["vq"]], tmp_path / "out", told)
+    kept = RunOptions(quiet=True, on_bad_sample="skip", max_bad_fraction=0.1)
+    out = open_shards(str(tokenize_shards(str(tmp_path / "data"), [checkpoints["vq"]], tmp_path / "kept", kept)))
+    assert len(out) == 69 and "066" not in [sample.key for sample in out]
 
 
 def test_a_picture_that_does_not_divide_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -175,9 +175,53 @@ def test_transparency_is_shown_on_white():
     assert (decode_image(keyed)[0, 0] == COLOURS[0, 0]).all()
 
 
+def png_bytes(row: np.ndarray | bytes, width: int, depth: int, colour_type: int, *chunks: bytes) -> bytes:
+    """A PNG of one row, for what Pillow does not write. Colour types: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(b"\0" + bytes(row)))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, body, png_chunk(b"IEND", b"")])
+
+
+def sixteen(*levels: int) -> bytes:
+    return np.array(levels, ">u2").tobytes()
+
+
+def transparent(*levels: int) -> bytes:
+    return png_chunk(b"tRNS", sixteen(*levels))
+
+
+PALETTE = png_chunk(b"PLTE", bytes([200, 0, 0, 0, 100, 0]))
+
+
 def test_sixteen_bit_grey_keeps_its_range():
-    levels = np.array([[0, 0x1234, 0x8000, 0xFFFF]], np.uint16)
-    np.testing.assert_array_equal(decode_image(picture_bytes(Image.fromarray(levels), "PNG"))[0, :, 0], [0, 0x12, 0x80, 0xFF])
+    """Level v of 65,536 is v / 257 of 256, rounded (the PNG specification, 13.12), not clipped to white."""
+    levels = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    shown = decode_image(picture_bytes(Image.fromarray(levels), "PNG"))
+    np.testing.assert_array_equal(shown, np.repeat(np.round(levels / 257)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        pytest.param(png_bytes(sixteen(0, 0x80FF, 0xFFFF), 1, 16, 2), [[0, 0x80, 255]], id="16-bit RGB"),
+        pytest.param(png_bytes(sixteen(0, 0xFFFF, 0, 0, 0x8080, 0xFFFF), 3, 16, 4), [[0] * 3, [255] * 3, [128] * 3], id="16-bit grey, alpha"),
+        pytest.param(png_bytes(sixteen(0, 0, 0, 0x8000), 1, 16, 6), [[127] * 3], id="16-bit RGBA"),
+        pytest.param(png_bytes(sixteen(0, 7, 300), 3, 16, 0, transparent(7)), [[0] * 3, [255] * 3, [1] * 3], id="16-bit grey, one transparent"),
+        pytest.param(
+            png_bytes(sixteen(0, 0xFF, 0x8000, 0xFFFF, 0, 0), 2, 16, 2, transparent(0, 0xFF, 0x8000)),
+            [[255] * 3, [255, 0, 0]],
+            id="16-bit RGB, one transparent",
+        ),
+        pytest.param(png_bytes(b"\x50", 4, 1, 0), [[0] * 3, [255] * 3, [0] * 3, [255] * 3], id="1-bit"),
+        pytest.param(png_bytes(b"\x50", 4, 1, 0, transparent(0)), [[255] * 3] * 4, id="1-bit, black transparent"),
+        pytest.param(png_bytes(b"\x1b", 4, 2, 0), [[0] * 3, [85] * 3, [170] * 3, [255] * 3], id="2-bit grey"),
+        pytest.param(png_bytes(b"\x1b", 4, 2, 0, transparent(1)), [[0] * 3, [255] * 3, [170] * 3, [255] * 3], id="2-bit, one transparent"),
+        pytest.param(png_bytes(b"\x12", 2, 4, 0, transparent(1)), [[255] * 3, [34] * 3], id="4-bit, one transparent"),
+        pytest.param(png_bytes(b"\x00\x01", 2, 8, 3, PALETTE, png_chunk(b"tRNS", b"\x80\x00")), [[227, 127, 127], [255] * 3], id="palette, alpha"),
+    ],
+)  # fmt: skip
+def test_rare_kinds_of_png_are_shown_as_a_viewer_shows_them(data, shown):
+    np.testing.assert_array_equal(decode_image(data)[0], shown)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +233,15 @@ def test_every_colour_mode_becomes_rgb(mode, form):
     assert shown.shape == (9, 17, 3)
     assert shown.dtype == np.uint8
     assert np.abs(shown.astype(int) - (255 if mode == "1" else 204)).max() <= 3
+
+
+def test_a_gif_is_its_first_frame_on_white():
+    frames = [Image.new("RGBA", (4, 3), colour) for colour in ("red", "blue")]
+    frames[0].paste((0, 0, 0, 0), (0, 0, 2, 3))
+    data = picture_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
+    assert image_shape(data) == (3, 4, 3)
+    np.testing.assert_array_equal(decode_image(data), [[[255, 255, 255]] * 2 + [[255, 0, 0]] * 2] * 3)
+    assert decode_field("gif", data)[0] == "image"
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
@@ -213,6 +266,31 @@ def test_a_picture_under_the_wrong_suffix_is_read_by_its_signature():
     assert decode_field("jpg", picture_bytes(Image.fromarray(COLOURS), "PNG"))[1].shape == (5, 7, 3)
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_half_a_picture_is_one_clear_message(form):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = picture_bytes(Image.fromarray(noise), form)
+    with pytest.raises(DataError, match=r"^\w+ picture of 64 x 64 pixels cannot be decoded: [\w ,()]*truncated[\w ,()]*$"):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "not a PNG, JPEG, WebP or GIF picture: it is empty"),
+        (picture_bytes(Image.fromarray(COLOURS), "BMP"), "not a PNG, JPEG, WebP or GIF picture: starts with b'BM"),
+        (
+            png_bytes(b"\x00\x09", 2, 8, 3),
+            "png picture of 2 x 1 pixels cannot be decoded: it is damaged",
+        ),  # a palette picture without palette
+    ],
+)
+def test_what_is_no_picture_is_one_clear_message(data, said):
+    with pytest.raises(DataError) as caught:
+        decode_image(data)
+    assert caught.value.message.startswith(said)
+
+
 # --- hostile bytes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +305,7 @@ def test_a_decompression_bomb_is_refused_by_its_header():
             decode_image(bomb)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "GIF"])
 def test_declared_sizes_of_other_formats_are_capped_too(form, monkeypatch):
     monkeypatch.setattr(fields, "MAX_PIXELS", 34)
     with pytest.raises(DataError, match="7 x 5 pixels, the cap is 34"):
@@ -295,7 +373,7 @@ def test_any_bytes_give_a_value_or_a_data_error(data, start):
 
 @given(st.data())
 def test_a_damaged_picture_never_raises_anything_else(data):
-    form = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))
+    form = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]))
     whole = bytearray(picture_bytes(Image.fromarray(COLOURS), form))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))

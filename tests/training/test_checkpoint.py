@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from worlds import MIXED, World, mixed_recipe, recipe_from
 
 from stages.errors import DataError, UsageError
 from stages.model import Model, build_model
+from stages.parts.autoencoders import AutoencoderConfig, CNNConfig, KLCNNConfig
+from stages.parts.quantizers import VQConfig
 from stages.recipe import Recipe
 from stages.training.checkpoint import (
     count_addresses,
+    describe_autoencoder,
     describe_checkpoint,
     fingerprint,
     init_part,
@@ -238,3 +242,20 @@ def test_a_description_counts_every_parameter_once(tmp_path: Path) -> None:
     assert told["parts"] == {address: count for address, count in count_addresses(model).items()}
     assert told["recipe"] == "test"
     assert describe_checkpoint(tokenizer_only(tmp_path / "vq"))["tokenizer"] == {"downsample": 4, "latent_channels": 4, "codebook_size": 11}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            CNNConfig(channels=8, multipliers=(1, 1), downsample=2, latent_channels=4, quantizer=VQConfig(codebook_size=64)),
+            {"grid": [8, 12], "code_shape": [8, 12], "codes": 96, "bits_per_pixel": 1.5},  # 96 codes of 6 bits for 16 x 24 pixels
+        ),
+        (KLCNNConfig(channels=8, multipliers=(1, 1), downsample=2, latent_channels=4), {"grid": [8, 12], "floats_per_pixel": 1.0}),
+    ],
+)
+def test_an_image_tokenizer_tells_what_a_picture_costs(config: AutoencoderConfig, told: dict[str, Any]) -> None:
+    found = describe_autoencoder(config, [16, 24])
+    sizes = {"downsample": 2, "latent_channels": 4, "codebook_size": config.codebook_size}
+    assert found == {**sizes, "picture_size": [16, 24], **told}
+    assert describe_autoencoder(config, None) == sizes
