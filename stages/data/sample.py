@@ -150,6 +150,8 @@ def decode_value(form: str, data: bytes) -> Any:
 def _encode_text(name: str, value: str) -> bytes:
     if len(value) > MAX_CHARACTERS:
         raise DataError(f"field '{name}': {len(value):,} characters, the cap is {MAX_CHARACTERS:,}")
+    if "\0" in value:
+        raise DataError(f"field '{name}': NUL at character {value.index(chr(0))}, not text")
     try:
         return value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -159,6 +161,8 @@ def _encode_text(name: str, value: str) -> bytes:
 def _decode_text(data: bytes) -> str:
     if len(data) > 4 * MAX_CHARACTERS:
         raise DataError(f"text of {len(data):,} bytes, the cap is {MAX_CHARACTERS:,} characters")
+    if b"\0" in data:  # what tars have between members, and no text has in it
+        raise DataError(f"text with NUL at byte {data.index(0)}: not text, or overwritten with zeroes")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -155,6 +155,8 @@ def walk(archive: bytes | mmap.mmap) -> Walk:
             if kind in b"0\x007" and not name.endswith("/"):
                 if extended and any(keyword.startswith("GNU.sparse") for keyword in extended):
                     found.rejected.append((name, entry, f"{_KINDS[b'S']}, not a regular file"))
+                elif archive[start + size : after].strip(b"\0"):  # every archiver fills the last block with zeroes
+                    found.rejected.append((name, entry, "something stands in the rest of its last block: blocks are missing, or too many"))
                 else:
                     found.members.append(Member(name, entry, start, size))
             elif kind not in b"0\x0075":

@@ -36,11 +36,18 @@ json_values = st.recursive(
 )
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])))
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_text_comes_back(text):
     suffix, data = encode_field("caption", text)
     assert suffix == "caption.txt"
     assert decode_field(suffix, data) == ("caption", text)
+
+
+def test_text_has_no_nul():
+    with pytest.raises(DataError, match="NUL at character 3"):
+        encode_field("caption", "cat\0")
+    with pytest.raises(DataError, match="NUL at byte 3"):
+        decode_field("caption.txt", b"cat\0")
 
 
 @given(
