@@ -4,8 +4,9 @@
 
 A case is RECIPE/SIZE/PIXELS. The pictures are JPEG in shards with a caption each. "tokenize" is the whole stage, from opening the shards to
 the index of the new ones; "encoder" is `encode_codes` (or `encode`) alone on the same batches, decoded beforehand. Rounds are interleaved; the
-ratio is the median over rounds. Weights are fresh ones: speed does not depend on them. With as many threads as there are cores, decoding
-has no core to itself.
+ratio is the median over rounds. Weights are fresh ones: speed does not depend on them. The last column is the encoder's share of what the
+main thread computes: what the ratio tends to when the reading thread finds a core to itself, also told by a machine that is busy. It means
+something with one thread of torch only.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +63,26 @@ def compare(case: str, root: Path, samples: int, rounds: int) -> None:
     plan = plan_outputs([tokenizer], shards)
     batches = [shown for group in read_groups(shards, plan, range(samples)) for shown in group.shown.values()]
     times: dict[str, list[float]] = {"encoder": [], "tokenize": []}
+    work: dict[str, list[float]] = {"encoder": [], "tokenize": []}
     for number in range(rounds + 1):  # the first one warms up
-        begun = time.perf_counter()
-        for shown in batches:
-            encode(tokenizer, shown)
-        between = time.perf_counter()
-        tokenize_shards(str(root / "data"), [root / "tokenizer"], root / f"out-{number}", RunOptions(quiet=True))
-        if number:
-            times["encoder"].append(between - begun)
-            times["tokenize"].append(time.perf_counter() - between)
+        out = root / f"out-{number}"
+        sides: dict[str, Callable[[], object]] = {
+            "encoder": lambda: [encode(tokenizer, shown) for shown in batches],
+            "tokenize": lambda out=out: tokenize_shards(str(root / "data"), [root / "tokenizer"], out, RunOptions(quiet=True)),
+        }
+        for name, side in sides.items():
+            begun, worked = time.perf_counter(), time.thread_time()
+            side()
+            if number:
+                times[name].append(time.perf_counter() - begun)
+                work[name].append(time.thread_time() - worked)
+    share = statistics.median(alone / whole for alone, whole in zip(work["encoder"], work["tokenize"], strict=True))
     ratio = statistics.median(alone / whole for alone, whole in zip(times["encoder"], times["tokenize"], strict=True))
     speeds = {name: samples / statistics.median(values) for name, values in times.items()}
-    print(f"{case:<28}encoder {speeds['encoder']:>8,.0f} /s   tokenize {speeds['tokenize']:>8,.0f} /s   {ratio:.0%}", flush=True)
+    print(
+        f"{case:<28}encoder {speeds['encoder']:>8,.0f} /s   tokenize {speeds['tokenize']:>8,.0f} /s   {ratio:.0%}   share {share:.0%}",
+        flush=True,
+    )
 
 
 def main() -> None:

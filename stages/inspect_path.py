@@ -141,7 +141,7 @@ def _lines(data: dict[str, Any], indent: str = "") -> list[str]:
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
             lines.append(
-                f"{indent}{name:<16}{_shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))}"
+                f"{indent}{name:<17}{_shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))}"
             )
     return lines
 

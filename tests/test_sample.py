@@ -112,6 +112,24 @@ def test_one_prompt_from_the_command_line_is_a_sample_too(model: Path, tmp_path:
     assert [record["question"] for record in told.fields["sample.qa"]] == ["how many?"]
 
 
+def test_a_picture_from_the_command_line_is_seen_as_a_viewer_shows_it(model: Path, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(PICTURE)))  # the tag turns it back
+    stored.save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(np.full((8, 12), 0x8080, np.uint16)).save(tmp_path / "grey16.png")
+    Image.new("RGBA", (12, 8)).save(tmp_path / "transparent.gif", save_all=True, append_images=[Image.new("RGBA", (12, 8), "red")])
+    expected = {"turned.png": PICTURE, "grey16.png": np.full((8, 12, 3), 128), "transparent.gif": np.full((8, 12, 3), 255)}
+    for name, shown in expected.items():
+        (found,) = write(model, None, tmp_path / f"out-{name}", prompt="how many?", image=tmp_path / name, tasks=["answer"])
+        np.testing.assert_array_equal(found.fields["image"], shown)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png: not a PNG, JPEG, WebP or GIF picture"):
+        write(model, None, tmp_path / "out", prompt="how many?", image=tmp_path / "text.png")
+    with pytest.raises(DataError, match=r"absent\.png: No such file"):
+        write(model, None, tmp_path / "out", prompt="how many?", image=tmp_path / "absent.png")
+
+
 def test_pictures_are_saved_as_files_when_asked_for(model: Path, world: World, tmp_path: Path) -> None:
     found = write(model, world, tmp_path / "out", tasks=["draw"], save_files=True, limit=2)
     for entry in found:

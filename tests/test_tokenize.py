@@ -16,6 +16,7 @@ from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.errors import DataError, Preempted, UsageError
 from stages.import_data import import_data
+from stages.inspect_path import describe
 from stages.options import RunOptions
 from stages.parts.autoencoders import DiscreteAutoencoder
 from stages.parts.quantizers.quantizer import Quantized
@@ -180,6 +181,18 @@ def test_pictures_of_several_sizes_have_grids_of_their_own(checkpoints: dict[str
     folder = write(tmp_path / "mixed", 5, "train", sizes=((16, 24), (24, 8)))
     data = open_shards(str(tokenize_shards(str(folder), [checkpoints["vq"]], tmp_path / "out", QUIET)))
     assert [data[i].fields["image.codes"].shape for i in range(5)] == [(2, 3), (3, 1), (2, 3), (3, 1), (2, 3)]
+
+
+def test_inspect_tells_what_a_picture_costs(checkpoints: dict[str, Path], tokens: Path) -> None:
+    vq, vae = (describe(str(checkpoints[name])) for name in ("vq", "vae"))
+    height, width = vq.data["tokenizer"]["picture_size"]
+    codes = height * width // 64
+    assert vq.data["tokenizer"]["grid"] == [height // 8, width // 8]
+    assert vq.data["tokenizer"]["codes"] == codes
+    assert vq.data["tokenizer"]["bits_per_pixel"] == round(codes * 6 / (height * width), 6) == 0.09375  # 64 codes are 6 bits each
+    assert vae.data["tokenizer"]["floats_per_pixel"] == 8 / 64
+    assert "bits_per_pixel   0.09375" in vq.text and "floats_per_pixel 0.125" in vae.text
+    assert "int32    2 x 3  of 64 codes  by tokenizer" in describe(str(tokens / "val")).text
 
 
 class Row(VQ):

@@ -29,6 +29,7 @@ from stages.data.shards import open_shards
 from stages.errors import DataError, UsageError
 from stages.import_data import import_data
 from stages.options import RunOptions
+from stages.parts.views import PadConfig, SquareConfig
 
 QUIET = RunOptions(quiet=True)
 
@@ -329,6 +330,40 @@ def test_resizing_crops_or_pads() -> None:
     assert (padded[9:] == 255).all()
     assert fit_square(image, 3, "crop").shape == fit_square(image, 3, "pad").shape == (3, 3, 3)
     assert fit_square(np.zeros((1, 1000, 3), np.uint8), 4, "pad").shape == (4, 4, 3)
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused() -> None:
+    strip = np.zeros((1, 60_000, 3), np.uint8)
+    with pytest.raises(DataError, match="1 x 60000 pixels is too long and thin"):
+        fit_square(strip, 256, "crop")
+    assert fit_square(strip, 256, "pad").shape == (256, 256, 3)
+    for view in (SquareConfig(size=256), PadConfig(size=256)):
+        with pytest.raises(DataError, match="1 x 60000 pixels is too long and thin"):
+            view.apply(strip)
+
+
+def test_pictures_of_other_formats_are_told_of(tmp_path: Path) -> None:
+    save(tmp_path / "raw/a.png", 1)
+    for name in ("b.bmp", "c.TIFF"):
+        save(tmp_path / "raw" / name, 1)
+    data = folder.samples(str(tmp_path / "raw"), val_fraction=0.0)
+    found = [str(entry) if isinstance(entry, BadFile) else entry.key for entry in data.splits["train"]]
+    raw_folder = tmp_path / "raw"
+    assert found == [
+        "a",
+        f"{raw_folder}/b.bmp: a .bmp picture; mmgen reads png, jpg, jpeg, webp, gif",
+        f"{raw_folder}/c.TIFF: a .tiff picture; mmgen reads png, jpg, jpeg, webp, gif",
+    ]
+
+
+def test_a_folder_of_moving_gifs_keeps_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    frames = [Image.fromarray(picture(value)) for value in (10, 200)]
+    frames[0].save(tmp_path / "raw/a.gif", save_all=True, append_images=frames[1:])
+    out = import_data("folder", str(tmp_path / "raw"), tmp_path / "out", QUIET)
+    data = open_shards(str(out / "train"))
+    assert data.read_encoded(0).fields["image"].data == (tmp_path / "raw/a.gif").read_bytes()
+    assert (data[0].fields["image"] == 10).all()
 
 
 def test_val_is_chosen_by_name_and_stays_when_pictures_are_added(tmp_path: Path) -> None:
