@@ -87,7 +87,7 @@ class IBQ(Quantizer):
         return own + (mean * mean.clamp(min=1e-12).log()).sum()
 
 
-def recomputed(function, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def recomputed(function, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """`function(*inputs)`, computed again in the backward pass rather than kept for it."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
