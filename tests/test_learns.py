@@ -118,9 +118,13 @@ def painted(number: int) -> np.ndarray:
     return np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
 
 
+TOKENIZERS = sorted(path.stem for path in (RECIPES / "tokenizers").glob("*.toml"))
+OF_PICTURES = [name for name in TOKENIZERS if load_recipe(name, size="tiny").autoencoders]
+
+
 @pytest.mark.slow
 @pytest.mark.rung("learns")
-@pytest.mark.parametrize("recipe", ["vqgan", "kl-autoencoder"])
+@pytest.mark.parametrize("recipe", OF_PICTURES)
 def test_a_tokenizer_gives_back_the_pictures_it_was_overfitted_to(recipe: str, tmp_path: Path) -> None:
     pictures = [painted(number) for number in range(8)]
     with ShardWriter(tmp_path / "pictures", split="train") as writer:

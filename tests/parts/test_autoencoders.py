@@ -41,6 +41,25 @@ CONFIGS: dict[str, AutoencoderConfig] = {
     ),
     "vit": ViTConfig(downsample=4, width=24, depth=2, decoder_depth=1, heads=3, latent_channels=5, quantizer=VQ),
     "vit-1d": ViT1DConfig(image_size=16, num_latents=7, downsample=4, width=24, depth=2, heads=3, latent_channels=5, quantizer=VQ),
+    "depth": CNNConfig(
+        downsample=4,
+        channels=8,
+        multipliers=(1, 1, 2),
+        attention=False,
+        latent_channels=5,
+        quantizer={"kind": "residual", "codebook_size": 11, "codebook_dim": 5, "depth": 3, "decay": 0.0},
+    ),
+    "scales": CNNConfig(
+        downsample=4,
+        channels=8,
+        multipliers=(1, 1, 2),
+        attention=False,
+        latent_channels=5,
+        quantizer={"kind": "multi-scale", "codebook_size": 11, "codebook_dim": 5, "sides": [1, 2, 4], "phis": 2},
+    ),
+    "vit-signs": ViTConfig(
+        downsample=4, width=24, depth=1, heads=3, latent_channels=4, quantizer={"kind": "lfq", "bits": 4, "project": False}
+    ),
     "vq-vae": StridedCNNConfig(downsample=4, channels=8, residual_channels=6, latent_channels=5, quantizer=VQ),
     "vq-vae-2": StridedCNNConfig(
         downsample=2, levels=2, channels=8, residual_channels=6, residual_blocks=1, latent_channels=10, quantizer=VQ
@@ -92,7 +111,7 @@ def test_pictures_become_a_grid_and_come_back_in_their_size(name: str) -> None:
         codes = autoencoder.encode_codes(pictures)
         assert codes.shape == (2, *autoencoder.config.code_shape(height, width))
         assert codes.dtype == torch.int64
-        assert int(codes.max()) < autoencoder.codebook_size == 11
+        assert int(codes.max()) < autoencoder.codebook_size
         assert torch.equal(autoencoder.decode_codes(codes, (h, w)), autoencoder.decode(latents))
 
 
@@ -239,6 +258,8 @@ def test_paper_sizes_have_the_published_numbers_of_parameters(config: Autoencode
         ({"kind": "vit-1d", "image_size": 250}, "multiple of downsample"),
         ({"kind": "strided-cnn", "downsample": 6}, "power of two"),
         ({"kind": "strided-cnn", "levels": 2, "latent_channels": 5}, "must be even"),
+        ({"kind": "strided-cnn", "levels": 2, "quantizer": {"kind": "residual"}}, "every latent one code"),
+        ({"kind": "vit-1d", "quantizer": {"kind": "multi-scale"}}, "every latent one code"),
     ],
 )
 def test_impossible_configs_say_why(table: dict[str, object], said: str) -> None:
@@ -284,6 +305,9 @@ def test_the_top_codes_steer_the_bottom_ones_and_the_picture() -> None:
         autoencoder.quantizer.top.codebook.add_(1.0)
         autoencoder.quantizer.top.project_out.weight.mul_(30.0)
     assert not torch.equal(autoencoder.encode_codes(images())[:, 24:], codes[:, 24:])
+    with pytest.raises(DataError, match="120 codes are not those") as caught:  # of a grid that is not square
+        autoencoder.decode_codes(codes)
+    assert "not square" in caught.value.hint
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
+from stages.errors import DataError
 from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
 from stages.parts.quantizers import Quantized, Quantizer, QuantizerConfig, VQConfig
 
@@ -145,6 +146,11 @@ class Hierarchy(Quantizer):
 
     def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         h, w = grid or 2 * (math.isqrt(4 * codes.shape[1] // 5),)
+        if codes.shape[1] != h * w // 4 + h * w:
+            raise DataError(
+                f"{codes.shape[1]:,} codes are not those of a top and a bottom grid of {h} x {w}",
+                hint="" if grid else "say which grid of latents they describe, if it is not square",
+            )
         top, bottom = codes.split([h * w // 4, h * w], dim=1)
         return self._together(self.top.lookup(top.unflatten(1, (h // 2, w // 2))), self.bottom.lookup(bottom.unflatten(1, (h, w))))
 

@@ -84,6 +84,11 @@ def tanh_mlp(width: int, mlp_ratio: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width))
 
 
+def positions(h: int, w: int, width: int) -> Tensor:
+    """(h·w, d). Made anew each time: the memory of a step is estimated with fake tensors, which must not get into a cache."""
+    return sincos_2d.__wrapped__((h, w), width)
+
+
 def tokens_of(grid: Tensor) -> Tensor:
     """(b, d, h, w) → (b, h·w, d)."""
     return grid.flatten(2).transpose(1, 2)
@@ -108,7 +113,7 @@ class ViTEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = self.from_patches(images)
         h, w = patches.shape[2:]
-        tokens = self.blocks(tokens_of(patches) + sincos_2d((h, w), self.width).to(patches))
+        tokens = self.blocks(tokens_of(patches) + positions(h, w, self.width).to(patches))
         return grid_of(self.to_latents(self.mlp(self.norm(tokens))), h, w)
 
 
@@ -126,5 +131,5 @@ class ViTDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         h, w = latents.shape[2:]
         tokens = self.from_latents(tokens_of(latents))
-        tokens = self.blocks(tokens + sincos_2d((h, w), self.width).to(tokens))
+        tokens = self.blocks(tokens + positions(h, w, self.width).to(tokens))
         return F.pixel_shuffle(grid_of(self.to_patches(self.mlp(self.norm(tokens))), h, w), self.patch)
