@@ -1,6 +1,6 @@
 """`tokenize` against the forward pass of its own encoder on the same pictures, in one process.
 
-    python -m benchmarks.tokenize [--threads 1] [--rounds 5] [--samples 512] [--case vqgan/small/64 ...]
+    python -m benchmarks.tokenize [--threads 1] [--rounds 5] [--samples 2048] [--case vqgan/small/64 ...]
 
 A case is RECIPE/SIZE/PIXELS. The pictures are JPEG in shards with a caption each. "tokenize" is the whole stage, from opening the shards to
 the index of the new ones; "encoder" is `encode_codes` (or `encode`) alone on the same batches, decoded beforehand. Rounds are interleaved; the
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--case", nargs="+", default=CASES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
