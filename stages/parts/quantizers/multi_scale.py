@@ -13,6 +13,7 @@ the last, rounded, at least 1; codes are in the order of scales, each row by row
 import itertools
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
@@ -99,11 +100,13 @@ class MultiScaleVQ(CodebookQuantizer):
         return (1 - ratio) * vectors + ratio * self.phi[self.phi_of(number)](vectors)
 
     def phi_of(self, number: int) -> int:
-        """Which φ a scale takes: the nearest of ticks spread over [0, 1], as the published code spreads them, to its place in the row."""
+        """Which φ a scale takes: the nearest of ticks spread over [0, 1], as the published code spreads them, to its place in the row.
+
+        Of ten scales two lie halfway between ticks, so it is that code's float64 rounding which decides for them.
+        """
         phis, place = self.config.phis, number / max(1, len(self.config.sides) - 1)
-        margin = 1 / (3 * phis) if phis == 4 else 1 / (2 * phis)
-        ticks = torch.linspace(margin, 1 - margin, phis, dtype=torch.float64)
-        return int((ticks - place).abs().argmin())
+        margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+        return int(np.abs(np.linspace(margin, 1 - margin, phis) - place).argmin())
 
     def square_grid(self, length: int) -> tuple[int, int]:
         """The square grid of latents with that many codes. DataError if there is none."""
