@@ -171,8 +171,8 @@ def level(in_channels: int, out_channels: int, blocks: int, attention: bool) -> 
 
 def middle(channels: int, blocks: int, attention: bool) -> list[nn.Module]:
     """The blocks at the lowest grid, with attention after the first if asked for."""
-    layers: list[nn.Module] = [ResidualBlock(channels, channels) for _ in range(blocks)]
-    return [layers[0], Attention(channels), *layers[1:]] if attention else layers
+    first, attentions = ResidualBlock(channels, channels), [Attention(channels)] if attention else []
+    return [first, *attentions, *(ResidualBlock(channels, channels) for _ in range(blocks - 1))]
 
 
 class Encoder(nn.Module):
