@@ -1,4 +1,4 @@
-"""What the runs of this study say: `python tabulate.py WORK --out DIR`, which `make` calls when they are done.
+"""What the runs of this study say: `python compare.py WORK --out DIR`, which `make` calls when they are done.
 
     DIR/results.json         every number of every run          DIR/fidelity.svg        fidelity against bits a pixel
     DIR/reconstructions.png  the same pictures by each arm      DIR/README.md           its tables, between the marks
