@@ -23,7 +23,7 @@ from stages.data.shards import open_shards
 from stages.metrics.codebook import perplexity, usage
 from stages.recipe import load_recipe
 
-WORLDS = {"openmoji": ("OpenMoji", "heldout"), "scenes": ("Scenes of level 1", "val")}  # the name, and the split whose scores are shown
+WORLDS = {"openmoji": "OpenMoji", "scenes": "Scenes of level 1"}
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles 0.975 of Student's t, 1 to 9 degrees of freedom
 NETWORK = "efficientnet-lite0"  # whose features the perceptual and the Fréchet distance are of
 COLUMNS = {  # key of a run's numbers → title, digits
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
         for sample in tokens:
             counts += np.bincount(sample.fields["image.codes"].ravel(), minlength=len(counts))
         run |= {"usage": usage(counts), "perplexity": perplexity(counts), "tokens": int(counts.sum())}
-    return run | scores(folder / "scores", WORLDS[world][1])
+    return run | scores(folder / "scores")
 
 
 def minutes(log: Path) -> float:
@@ -84,11 +84,11 @@ def minutes(log: Path) -> float:
     return max(line["seconds"] for line in lines if "seconds" in line) / 60
 
 
-def scores(folder: Path, split: str) -> Run:
+def scores(folder: Path) -> Run:
     rows = json.loads((folder / "results.json").read_text())["results"]
-    own = {(row["metric"], row["category"]): row["value"] for row in rows if row["split"] == split and row["control"] is None}
+    own = {(row["metric"], row["category"]): row["value"] for row in rows if row["control"] is None}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speed = next(line for line in reversed(lines) if "encode_per_second" in line and line["split"] == split)
+    speed = next(line for line in reversed(lines) if "encode_per_second" in line)
     return {
         "psnr": own["psnr", "all"],
         "ssim": own["ssim", "all"],
@@ -178,7 +178,7 @@ def panel(groups: Mapping[tuple[str, str], list[Run]], world: str, shift: float)
     def y(value: float) -> float:
         return HIGH - BELOW - (HIGH - BELOW - ABOVE) * (value - low_y) / (high_y - low_y)
 
-    marks = [f'<text x="{shift + LEFT}" y="18" font-size="13" font-weight="600" fill="{INK}">{WORLDS[world][0]}</text>']
+    marks = [f'<text x="{shift + LEFT}" y="18" font-size="13" font-weight="600" fill="{INK}">{WORLDS[world]}</text>']
     for value in range(low_y, high_y + 1, max(1, (high_y - low_y) // 6)):
         marks.append(f'<line x1="{shift + LEFT}" x2="{shift + WIDE - 12}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="{RULE}"/>')
         marks.append(f'<text x="{shift + LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end" fill="{SOFT}">{value}</text>')
@@ -216,11 +216,11 @@ def panel(groups: Mapping[tuple[str, str], list[Run]], world: str, shift: float)
 def contact_sheet(work: Path, world: str, arms: Sequence[str]) -> Image.Image:
     """A row of pictures as they are, and a row an arm (its first seed) of what comes back; pictures at even distances."""
     folders = {arm: sorted((work / world / arm).glob("*/scores/samples"))[0] for arm in arms}
-    opened = {arm: open_shards(str(folder / WORLDS[world][1])) for arm, folder in folders.items()}
+    opened = {arm: open_shards(str(folder)) for arm, folder in folders.items()}
     count = min(map(len, opened.values()))
     chosen = [round(index * (count - 1) / (SHOWN - 1)) for index in range(SHOWN)]
     first = next(iter(opened.values()))
-    rows = {WORLDS[world][0]: [first[index].fields["image"] for index in chosen]}
+    rows = {WORLDS[world]: [first[index].fields["image"] for index in chosen]}
     rows |= {arm: [shards[index].fields["sample.image"] for index in chosen] for arm, shards in opened.items()}
     sheet = Image.new("RGB", (LABEL + SHOWN * (SIDE + 6), len(rows) * (SIDE + 6) + 6), (255, 255, 255))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
