@@ -24,7 +24,8 @@ from typer.core import TyperCommand, TyperGroup
 from stages.errors import MmgenError, UsageError, nearest
 from stages.options import RunOptions
 
-OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the reader of our stdout went away
 
 
@@ -125,6 +126,9 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
             where = f": {error.filename}" if error.filename else ""
             hint = "make room, or name another --out; what is finished is whole, and the same command goes on from there"
             return _tell(f"{os.strerror(error.errno).lower()}{where}", hint, 1, invocation)
+        if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
+            path = error.filename2 or error.filename  # of a rename, where to
+            return _tell(f"{path}: {os.strerror(error.errno).lower()}", "name another path, or change its permissions", 2, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
             return _tell(*_usage_mistake(error), 2, invocation)
         return _tell(*_our_fault(error), 1, invocation)

@@ -13,6 +13,7 @@ import torch
 from crashes import completes, contents, dies_at, durable_steps
 from worlds import CAPTIONS, make_world, mixed_recipe, sample_of
 
+from stages.align import align
 from stages.evaluate import evaluate
 from stages.import_data import import_data
 from stages.options import RunOptions
@@ -24,7 +25,7 @@ from stages.train_unified import train_unified
 from stages.training import loop
 
 QUIET = RunOptions(quiet=True, dtype="fp32", device="cpu", seed=5)
-STAGES = ["import", "text tokenizer", "autoencoder", "tokenize", "train", "sample", "eval"]
+STAGES = ["import", "text tokenizer", "autoencoder", "tokenize", "align", "train", "sample", "eval"]
 
 
 @dataclass
@@ -44,8 +45,10 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laid]:
         "vqgan", size="tiny", sets=["phases.train.steps=3", "phases.train.batch_size=4", "autoencoders.vq.quantizer.codebook_size=8"]
     )
     words = load_recipe("text-bpe", size="tiny")
+    towers = load_recipe("clip", size="tiny", sets=["phases.contrast.steps=3", "phases.contrast.batch_size=4"])
     import_data("scenes", None, folder / "data", RunOptions(quiet=True, seed=1, limit=24), level=0, count=24)
     pretrain_tokenizer(pixels, str(folder / "data"), folder / "pixels", QUIET)
+    pretrain_tokenizer(words, str(folder / "data"), folder / "words", QUIET)
     world = make_world(folder / "world", mixed_recipe(), [sample_of(number) for number in range(len(CAPTIONS))])
     short = mixed_recipe("phases.joint.steps=3", "phases.joint.ema_decay=0.5")
     train_unified(short, str(world.shards), folder / "model", QUIET)
@@ -57,6 +60,7 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laid]:
             "text tokenizer": lambda out: pretrain_tokenizer(words, str(folder / "data"), out, QUIET),
             "autoencoder": lambda out: pretrain_tokenizer(pixels, str(folder / "data"), out, QUIET),
             "tokenize": lambda out: tokenize_shards(str(folder / "data"), [folder / "pixels"], out, QUIET),
+            "align": lambda out: align(towers, str(folder / "data"), out, QUIET, tokenizers=[folder / "words"]),
             "train": lambda out: train_unified(short, str(world.shards), out, QUIET),
             "sample": lambda out: sample(folder / "model", str(many.shards), out, QUIET),
             "eval": lambda out: evaluate(str(folder / "model"), str(many.shards), out, RunOptions(quiet=True, seed=5, limit=3)),

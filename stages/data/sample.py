@@ -186,7 +186,7 @@ def _decode_json(data: bytes) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise DataError(f"JSON of {len(data):,} bytes, the cap is {MAX_JSON_BYTES:,}")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise DataError(f"JSON nested too deeply, the cap is {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:  # also UnicodeDecodeError
@@ -198,6 +198,12 @@ def _decode_json(data: bytes) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
 
 
 def _depth(data: bytes, value: Any) -> int:

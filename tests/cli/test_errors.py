@@ -105,6 +105,20 @@ def test_our_own_fault_keeps_its_traceback_in_a_file(
     assert "KeyError: 'width'" in saved.read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "path"),
+    [
+        (PermissionError(13, "Permission denied", "/root/out"), "/root/out: permission denied"),
+        (IsADirectoryError(21, "Is a directory", ".x.tmp", None, "pictures"), "pictures: is a directory"),
+        (OSError(30, "Read-only file system", "disk/x"), "disk/x: read-only file system"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_the_users_to_change(invoke: Invoke, stages: dict[str, Any], error: OSError, path: str) -> None:
+    stages["tokenize_shards"].error = error
+    answer = invoke(*TOKENIZE)
+    assert (answer.exit_code, answer.stderr) == (2, f"error: {path}\nhint: name another path, or change its permissions\n")
+
+
 def test_mmgen_traceback_prints_it(invoke: Invoke, stages: dict[str, Any]) -> None:
     stages["tokenize_shards"].error = KeyError("width")
     answer = invoke(*TOKENIZE, env={"MMGEN_TRACEBACK": "1"})

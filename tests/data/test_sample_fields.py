@@ -350,7 +350,7 @@ def test_odd_array_headers_are_refused(header):
         decode_array(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(16))
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": 1', "", "[" * 100_000, "9" * 10_000, "[" * 65 + "]" * 65])
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": 1e999}', '{"a": 1', "", "[" * 100_000, "9" * 10_000, "[" * 65 + "]" * 65])
 def test_json_that_is_not_plain_data_is_refused(text):
     with pytest.raises(DataError, match="JSON"):
         decode_field("json", text.encode())
