@@ -26,6 +26,7 @@ from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.hub import resolve
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
+from stages.parts.tokenizers import TextTokenizer
 from stages.parts.views.square import to_pixels
 from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
 from stages.run import Run
@@ -292,7 +293,7 @@ class Writer:
                 switch = [] if stop is not None else self._marker_ids(rest[place + 1 : place + 2])
                 ids, _ = session.write_text(segment, sampler, stop=[] if stop is None else [stop], switch=switch, guide=not more)
                 for entry, own in zip(fields, ids, strict=True):
-                    entry[segment.fields[0]] = self.travelling.text[port.tokenizer].decode(own).strip()
+                    entry[segment.fields[0]] = readable(self.travelling.text[port.tokenizer], own)
                 continue
             content = session.write_picture(segment, sampler, self.grid(segment), everyone, commit=more)
             for entry, picture in zip(fields, self.decode(port.autoencoder, content), strict=True):
@@ -363,7 +364,7 @@ class Writer:
                 words, self.sampler(text), stop=[tokenizer.special_id("<eos>")], switch=self._marker_ids([picture]), guide=False
             )
             if ids[0]:
-                fields["reply"].append({"text": tokenizer.decode(ids[0]).strip()})
+                fields["reply"].append({"text": readable(tokenizer, ids[0])})
             if ended[0] not in self._marker_ids([picture]):
                 break
             content = session.write_picture(picture, sampler, self.grid(picture), [True], commit=True)
@@ -415,6 +416,11 @@ class Writer:
         autoencoder = self.travelling.autoencoder(name)
         decode: Callable[[Tensor], Tensor] = autoencoder.decode_codes if autoencoder.codebook_size is not None else autoencoder.decode
         return [to_pixels(picture) for picture in decode(content)]
+
+
+def readable(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
+    """The text a model wrote. NUL, which it may write like any byte and no text holds, becomes U+FFFD as bytes do that are no UTF-8."""
+    return tokenizer.decode(ids).strip().replace("\0", "\ufffd")
 
 
 def open_prompts(spec: str, options: RunOptions, out: Path | str) -> Shards:

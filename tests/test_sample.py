@@ -13,7 +13,8 @@ from stages.data.sample import Sample
 from stages.data.shards import open_shards
 from stages.errors import DataError, UsageError
 from stages.options import RunOptions
-from stages.sample import sample
+from stages.parts.tokenizers.byte_bpe import ByteBPEConfig
+from stages.sample import readable, sample
 from stages.train_unified import train_unified
 
 PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
@@ -162,3 +163,10 @@ def test_the_run_records_model_and_prompts(model: Path, world: World, tmp_path: 
     assert record["stage"] == "sample"
     assert [entry["path"] for entry in record["inputs"]] == [str(model), str(world.shards)]
     assert all(len(entry["fingerprint"]) == 64 for entry in record["inputs"])
+
+
+def test_a_nul_that_a_model_writes_is_no_text_and_is_shown_as_what_it_is() -> None:
+    tokenizer = ByteBPEConfig(vocab_size=300).train(["a scene"])
+    nul = tokenizer.encode("\0")
+    assert tokenizer.decode(nul) == "\0"  # like any byte it has a token
+    assert readable(tokenizer, [*tokenizer.encode("a "), *nul, *tokenizer.encode("scene ")]) == "a \ufffdscene"
