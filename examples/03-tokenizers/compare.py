@@ -151,63 +151,84 @@ def write_tables(readme: Path, tables: Mapping[str, str]) -> None:
 
 # --- fidelity against bits --------------------------------------------------------------------------------------------------------
 
-WIDE, HIGH, LEFT, BELOW, ABOVE = 460, 380, 44, 44, 34
+WIDE, HIGH, LEFT, BELOW, ABOVE = 430, 380, 44, 44, 34
 PAPER, INK, SOFT, RULE = "#ffffff", "#1d1c1a", "#66635d", "#e3e0d8"
 SWEPT = {"vqgan": "#2353c4", "fsq": "#c2600c"}
+Point = tuple[float, float, float | None]  # bits a pixel, mean PSNR, half-width of its interval
 
 
 def plot(groups: Mapping[tuple[str, str], list[Run]], worlds: Sequence[str]) -> str:
-    """SVG: PSNR over bits a pixel (logarithmic), a panel a world; each dot is an arm, each bar its interval, each line a codebook that grows."""
-    panels = [panel(groups, world, index * WIDE) for index, world in enumerate(worlds)]
-    size = f'viewBox="0 0 {WIDE * len(worlds)} {HIGH}"'
+    """SVG: PSNR over bits a pixel (logarithmic): a panel a world with a dot an arm, and one in which a codebook grows. Bars are intervals."""
+    points = {key: (runs[0]["bits"], *mean_and_half([run["psnr"] for run in runs])) for key, runs in groups.items()}
+    panels = [(WORLDS[world], {arm: point for (w, arm), point in points.items() if w == world and "@" not in arm}) for world in worlds]
+    panels.append(("OpenMoji, codebooks of 64 to 16,384", {arm: point for (_, arm), point in points.items() if "@" in arm}))
+    drawn = [panel(title, found, index * WIDE) for index, (title, found) in enumerate(panels) if found]
+    size = f'viewBox="0 0 {WIDE * len(drawn)} {HIGH}"'
     font = 'font-family="system-ui, sans-serif" font-size="11"'
     label = "PSNR of reconstructions against bits a pixel"
     box = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font} role="img" aria-label="{label}">{box}{"".join(panels)}</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font} role="img" aria-label="{label}">{box}{"".join(drawn)}</svg>\n'
 
 
-def panel(groups: Mapping[tuple[str, str], list[Run]], world: str, shift: float) -> str:
-    points = {arm: (runs[0]["bits"], *mean_and_half([run["psnr"] for run in runs])) for (w, arm), runs in groups.items() if w == world}
-    low_x, high_x = (f(math.log2(bits) for bits, _, _ in points.values()) for f in (min, max))
-    low_y = math.floor(min(mean - (half or 0) for _, mean, half in points.values()) - 0.5)
-    high_y = math.ceil(max(mean + (half or 0) for _, mean, half in points.values()) + 0.5)
+def panel(title: str, points: Mapping[str, Point], shift: float) -> str:
+    low_x, high_x = (pick(math.log2(bits) for bits, _, _ in points.values()) for pick in (min, max))
+    low_y = math.floor(min(mean - (half or 0) for _, mean, half in points.values()) - 0.3)
+    high_y = math.ceil(max(mean + (half or 0) for _, mean, half in points.values()) + 0.3)
 
     def x(bits: float) -> float:
-        return shift + LEFT + 12 + (WIDE - LEFT - 100) * (math.log2(bits) - low_x) / max(1e-9, high_x - low_x)
+        return shift + LEFT + 16 + (WIDE - LEFT - 48) * (math.log2(bits) - low_x) / max(1e-9, high_x - low_x)
 
     def y(value: float) -> float:
         return HIGH - BELOW - (HIGH - BELOW - ABOVE) * (value - low_y) / (high_y - low_y)
 
-    marks = [f'<text x="{shift + LEFT}" y="18" font-size="13" font-weight="600" fill="{INK}">{WORLDS[world]}</text>']
+    marks = [f'<text x="{shift + LEFT}" y="14" font-size="13" font-weight="600" fill="{INK}">{title}</text>']
     for value in range(low_y, high_y + 1, max(1, (high_y - low_y) // 6)):
         marks.append(f'<line x1="{shift + LEFT}" x2="{shift + WIDE - 12}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="{RULE}"/>')
         marks.append(f'<text x="{shift + LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end" fill="{SOFT}">{value}</text>')
-    for power in range(math.ceil(low_x), math.floor(high_x) + 1):
-        tick = f"{2.0**power:g}"
-        marks.append(f'<text x="{x(2.0**power):.1f}" y="{HIGH - BELOW + 16}" text-anchor="middle" fill="{SOFT}">{tick}</text>')
+    powers = [2.0**power for power in range(-3, 6) if low_x <= power <= high_x]
+    for bits in powers if len(powers) > 2 else sorted({round(point[0], 3) for point in points.values()}):
+        marks.append(f'<text x="{x(bits):.1f}" y="{HIGH - BELOW + 16}" text-anchor="middle" fill="{SOFT}">{bits:.3g}</text>')
     marks.append(f'<text x="{shift + LEFT}" y="{HIGH - 8}" fill="{SOFT}">bits a pixel</text>')
-    marks.append(f'<text x="{shift + LEFT}" y="{ABOVE - 2}" fill="{SOFT}" font-size="10">PSNR, dB</text>')
+    marks.append(f'<text x="{shift + LEFT}" y="{ABOVE - 5}" fill="{SOFT}" font-size="10">PSNR, dB</text>')
     for name, colour in SWEPT.items():
         line = sorted((bits, mean) for arm, (bits, mean, _) in points.items() if arm.startswith(f"{name}@"))
         path = " ".join(f"{x(bits):.1f},{y(mean):.1f}" for bits, mean in line)
         marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    taken: list[tuple[float, float]] = []
+        if line:
+            marks.append(f'<text x="{x(line[-1][0]):.1f}" y="{y(line[-1][1]) - 28:.1f}" text-anchor="end" fill="{colour}">{name}</text>')
+    taken = [(x(bits) - 5, y(mean) - 5, x(bits) + 5, y(mean) + 5) for bits, mean, _ in points.values()]
     for arm, (bits, mean, half) in sorted(points.items(), key=lambda item: -item[1][1]):
         colour = SWEPT.get(arm.split("@")[0], INK)
         if half is not None:
             marks.append(
                 f'<line x1="{x(bits):.1f}" x2="{x(bits):.1f}" y1="{y(mean - half):.1f}" y2="{y(mean + half):.1f}" stroke="{colour}"/>'
             )
-        marks.append(
-            f'<circle cx="{x(bits):.1f}" cy="{y(mean):.1f}" r="{2.5 if "@" in arm else 4}" fill="{colour}"><title>{arm}</title></circle>'
-        )
-        place = (x(bits) + 7, y(mean) + 4)
-        while any(abs(place[1] - other[1]) < 11 and abs(place[0] - other[0]) < 90 for other in taken):
-            place = (place[0], place[1] + 3)
-        taken.append(place)
-        text = arm.split("@")[1] if "@" in arm else arm
-        marks.append(f'<text x="{place[0]:.1f}" y="{place[1]:.1f}" fill="{colour}" font-size="{9 if "@" in arm else 11}">{text}</text>')
+        marks.append(f'<circle cx="{x(bits):.1f}" cy="{y(mean):.1f}" r="3.5" fill="{colour}"><title>{arm}</title></circle>')
+        marks.append(label(arm.split("@")[-1], x(bits), y(mean), colour, taken, shift + WIDE - 6))
     return "".join(marks)
+
+
+def label(text: str, x: float, y: float, colour: str, taken: list[tuple[float, float, float, float]], edge: float) -> str:
+    """The name of a dot as near to it as there is room, with a line to the dot where that is not beside it."""
+    width = 6.2 * len(text)
+    above = [(-width / 2, -14.0), (-width / 2, 14.0)] if text.isdigit() else []  # a codebook's size, not on its line
+    for reach in range(0, 200, 6):
+        for dx, dy in (
+            *above,
+            (8, reach),
+            (-8 - width, reach),
+            (8, -reach),
+            (-8 - width, -reach),
+            (14 + reach, reach),
+            (14 + reach, -reach),
+        ):
+            box = (x + dx, y + dy - 6, x + dx + width, y + dy + 6)
+            free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in taken)
+            if free and box[2] < edge and box[1] >= ABOVE and box[3] < HIGH - BELOW:
+                taken.append(box)
+                line = f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{max(box[0], min(x, box[2])):.1f}" y2="{y + dy:.1f}" stroke="{RULE}"/>'
+                return (line if reach > 6 else "") + f'<text x="{box[0]:.1f}" y="{y + dy + 4:.1f}" fill="{colour}">{text}</text>'
+    return ""
 
 
 # --- the same pictures by every arm -----------------------------------------------------------------------------------------------
