@@ -210,6 +210,8 @@ def test_batches_are_filled_as_one_rank_would_fill_them(done: Jobs) -> None:
 def test_learned_routing_is_balanced_over_the_batch_of_all_ranks(done: Jobs, name: str) -> None:
     """Balancing each rank's part by itself would be another loss, and a rank that only looks on has nothing to balance."""
     assert close(done.weights(f"{name} routed"), done.weights("alone routed"))
+    last = json.loads((done.folder / f"{name} routed" / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 1.9 < last["loss/lm.balance"] < 2.5  # two of three experts a token: 2 is even
 
 
 def test_phases_freeze_and_average_in_shards_as_they_do_whole(done: Jobs) -> None:

@@ -286,10 +286,10 @@ def test_the_router_starts_nearly_even() -> None:
 @pytest.mark.parametrize(
     ("mlp", "message"),
     [
-        ({"kind": "moe", "experts": 4}, r"mlp\.top_k: Field required"),
-        ({"kind": "moe", "experts": 2, "top_k": 3}, r"mlp.*top_k is 3, but there are 2 experts"),
-        ({"kind": "moe", "experts": 2, "top_k": 1, "share": 1}, r"mlp\.share: 'moe' has no such key"),
-        ({"kind": "mo", "experts": 2}, r"mlp\.kind: there is no 'mo'"),
+        ({"kind": "moe", "experts": 4}, r"backbones\.lm\.mlp\.top_k: Field required"),
+        ({"kind": "moe", "experts": 2, "top_k": 3}, r"backbones\.lm\.mlp: .*top_k is 3, but there are 2 experts"),
+        ({"kind": "moe", "experts": 2, "top_k": 1, "share": 1}, r"backbones\.lm\.mlp\.share: 'moe' has no such key"),
+        ({"kind": "mo", "experts": 2}, r"backbones\.lm\.mlp\.kind: there is no 'mo'"),
     ],
 )
 def test_mistakes_are_named(mlp: dict[str, object], message: str) -> None:
