@@ -6,11 +6,13 @@ and drawings mark with them what is frozen.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 
 from stages.model import covers, meta_model
+from stages.parts.backbones import BackboneConfig, MoEConfig
 from stages.parts.config import PartConfig
 from stages.recipe import Phase, Port, Recipe
 
@@ -65,6 +67,22 @@ def model_size(recipe: Recipe) -> int:
         return sum(parameter.numel() for config in recipe.autoencoders.values() for parameter in config.build().parameters())
 
 
+def active_size(recipe: Recipe) -> int:
+    """How many of the model's weights compute one token: of hard-routed experts one (they are equally large), of learned ones `top_k`."""
+    active = Fraction(0)
+    for address, parameter in meta_model(recipe).named_parameters():
+        family, name, *steps = address.split(".")
+        share = Fraction(1)
+        if family == "backbones":
+            network = recipe.backbones[name]
+            if steps[0] == "experts":
+                share /= len(network.experts)
+            if isinstance(network.mlp, MoEConfig) and "mlp.experts." in address:
+                share *= Fraction(network.mlp.top_k, network.mlp.experts)
+        active += share * parameter.numel()
+    return round(active)
+
+
 def holds(phase: Phase, address: str) -> bool:
     """Whether the run of a phase has these weights in memory: pretraining a tokenizer has the autoencoder and its objective, every other
     stage all that is not an autoencoder."""
@@ -100,17 +118,26 @@ def _entries(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         for name, config in getattr(recipe, family).items():
             yield f"{family}.{name}", config.kind, sizes_of(config)
     for name, network in recipe.backbones.items():
+        sizes = ", ".join([sizes_of(network), *learned_experts(network)])
         if len(network.experts) == 1:
-            yield f"backbones.{name}", network.kind, sizes_of(network)
+            yield f"backbones.{name}", network.kind, sizes
             continue
         for expert in network.experts:
-            yield f"backbones.{name}.experts.{expert}", network.kind, sizes_of(network)
+            yield f"backbones.{name}.experts.{expert}", network.kind, sizes
         if set(network.duplicate) != {"norm", "qkv", "out", "mlp"}:
             yield f"backbones.{name}.shared", network.kind, "what all experts share"
     for name, port in recipe.ports.items():
         yield f"ports.{name}", str(port.content), describe_port(recipe, name, port)
     for name, objective in recipe.objectives.items():
         yield f"objectives.{name}", objective.kind, ""
+
+
+def learned_experts(network: BackboneConfig) -> list[str]:
+    """ "2 of 8 MLPs a token", and "1 shared"; nothing for a dense MLP."""
+    mlp = network.mlp
+    if not isinstance(mlp, MoEConfig):
+        return []
+    return [f"{mlp.top_k} of {mlp.experts} MLPs a token", *([f"{mlp.shared} shared"] if mlp.shared else [])]
 
 
 def sizes_of(config: PartConfig) -> str:

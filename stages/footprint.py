@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stages.anatomy import holds, learns
 from stages.model import vocabulary_slices
-from stages.parts.backbones import TransformerConfig
+from stages.parts.backbones import MoEConfig, TransformerConfig
 from stages.recipe import Phase, Recipe, vocabulary_owner
 
 FLOAT = 4  # bytes; weights, gradients, moments and activations are float32
@@ -42,12 +42,17 @@ def transformer_bytes(config: TransformerConfig, row_length: int) -> int:
     """Bytes one token leaves in all layers of a transformer, for rows of `row_length` tokens.
 
     A layer keeps its two inputs, two normed copies (RMS keeps each once more), q, the rotated q, what was attended and its copy, k and v
-    with the rotated k, and of the MLP 2 (GELU) or 4 (SwiGLU) hidden rows; the mask of a row is shared by all layers.
+    with the rotated k, and of the MLP 2 (GELU) or 4 (SwiGLU) hidden rows; the mask of a row is shared by all layers. Learned experts keep
+    what enters the router, and for each expert of a token what enters and leaves it.
     """
     attention = config.heads * config.attention_dim
     keys = (config.kv_heads or config.heads) * config.attention_dim
     layer = (6 if config.norm.kind == "rms" else 4) * config.width + 4 * attention + 3 * keys
-    layer += (4 if config.mlp.kind == "swiglu" else 2) * config.mlp_width
+    if isinstance(config.mlp, MoEConfig):
+        layer += 4 * (config.mlp.top_k + config.mlp.shared) * config.mlp_width
+        layer += (1 + 2 * config.mlp.top_k) * config.width + 2 * config.mlp.experts
+    else:
+        layer += (4 if config.mlp.kind == "swiglu" else 2) * config.mlp_width
     layer += attention + keys if config.qk_norm else 0
     return FLOAT * (config.depth * layer + 2 * config.width + row_length)
 

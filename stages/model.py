@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from stages import ranks
 from stages.errors import GuardError, RecipeError
-from stages.parts.backbones import KeyValueCache, Transformer
+from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
 from stages.parts.layers import TimestepEmbedding, sincos_2d
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
@@ -124,11 +124,15 @@ class Model(nn.Module):
     # training
 
     def losses(self, batch: Batch, generator: Generator) -> dict[str, PortLoss]:
-        """One loss per port, and one per objective that looks across samples."""
+        """One loss per port, one per objective that looks across samples, and those that parts of the network ask for (`auxiliary_weights`)."""
         noisy = self.corrupt(batch, generator)
         losses: dict[str, PortLoss] = {}
         if batch.layout.sample_id.numel():
-            hidden = self.hidden(noisy)
+            loads: list[Load] = []
+            hidden = self.hidden(noisy, loads=loads)
+            if loads:  # training steps are taken by all ranks together, also by one that has no sample and looks on at another's
+                shared = balance(loads, everywhere=self.training, counted=batch.num_supervised > 0)
+                losses[f"{next(iter(self.backbones))}.balance"] = PortLoss(*shared)
             flat = hidden.reshape(-1, hidden.shape[-1])
             for name, rows in noisy.ports.items():
                 if rows.supervised is not None:
@@ -153,9 +157,9 @@ class Model(nn.Module):
                 prepared[name] = objective.corrupt(rows, generator)
         return replace(batch, ports=prepared)
 
-    def hidden(self, batch: Batch, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden(self, batch: Batch, cache: KeyValueCache | None = None, loads: list[Load] | None = None) -> Tensor:
         """The backbone's last hidden rows (b, l, d), after its final norm."""
-        return self.backbone(self.embed(batch), batch.layout, cache)
+        return self.backbone(self.embed(batch), batch.layout, cache, loads)
 
     def embed(self, batch: Batch) -> Tensor:
         """Every port's rows at their places: (b, l, d); padding is zero."""
@@ -232,7 +236,7 @@ def shared_losses(recipe: Recipe, losses: Mapping[str, PortLoss]) -> tuple[dict[
 
     A port is judged by the number of its tokens on all ranks: means of ranks would give a token among few more weight than one among many.
     """
-    names = [*recipe.ports, *recipe.objectives]
+    names = [*recipe.ports, *recipe.objectives, *auxiliary_weights(recipe)]
     numbers = torch.zeros(len(names), 2, dtype=torch.float64)
     for name, loss in losses.items():
         numbers[names.index(name)] = torch.stack([loss.total.detach().double().cpu(), torch.tensor(float(loss.count)).double()])
@@ -240,6 +244,11 @@ def shared_losses(recipe: Recipe, losses: Mapping[str, PortLoss]) -> tuple[dict[
     totals, counts = (numbers / ranks.size()).unbind(1)
     shared = {name: PortLoss(loss.total, float(counts[names.index(name)])) for name, loss in losses.items()}
     return shared, {name: float(total / count) for name, total, count in zip(names, totals, counts, strict=True) if count}
+
+
+def auxiliary_weights(recipe: Recipe) -> dict[str, float]:
+    """The losses that parts of the network ask for beside those of ports and objectives, and their weights."""
+    return {f"{name}.balance": config.mlp.balance_weight for name, config in recipe.backbones.items() if isinstance(config.mlp, MoEConfig)}
 
 
 def vocabulary_slices(recipe: Recipe) -> dict[str, Slice]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.anatomy import count_words, model_size, parts_of, weights_of
+from stages.anatomy import active_size, count_words, model_size, parts_of, weights_of
 from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.drawing.example import Example, laid_open
@@ -99,7 +99,8 @@ def describe_size(recipe: Recipe) -> Plan:
     """Parameters as they are, as published, and how far the one is from the other where both are the same size."""
     total, paper = model_size(recipe), recipe.paper
     deviation = total / paper.parameters - 1 if paper.parameters and recipe.size == "paper" else None
-    return {"model": total, "published": paper.parameters, "nominal": paper.nominal or None, "deviation": deviation}
+    active = active_size(recipe) if recipe.backbones else total
+    return {"model": total, "active": active, "published": paper.parameters, "nominal": paper.nominal or None, "deviation": deviation}
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------------------
@@ -248,7 +249,8 @@ def plan_text(plan: Plan) -> str:
         f", published {size['published']:,.0f}" if size["published"] else f", published as {size['nominal']}" if size["nominal"] else ""
     )
     deviation = f" ({size['deviation']:+.2%})" if size["deviation"] is not None else ""
-    lines = [f"{plan['stage']} {plan['recipe']}, size {plan['size']}: {size['model']:,} parameters{published}{deviation}"]
+    active = f", {size['active']:,} of them for one token" if size["active"] < size["model"] else ""
+    lines = [f"{plan['stage']} {plan['recipe']}, size {plan['size']}: {size['model']:,} parameters{active}{published}{deviation}"]
     data = plan["shards"]
     if data is not None:
         lines.append(

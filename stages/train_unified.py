@@ -20,7 +20,7 @@ from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
 from stages.errors import UsageError
 from stages.hub import resolve
-from stages.model import Model, PortLoss, build_model, count_parameters, covers, set_trainable, shared_losses
+from stages.model import Model, PortLoss, auxiliary_weights, build_model, count_parameters, covers, set_trainable, shared_losses
 from stages.options import RunOptions
 from stages.recipe import Phase, Recipe, Stage
 from stages.run import Run
@@ -185,11 +185,14 @@ def validate(engine: Engine, model: Model, validation: Validation, run: Run, ste
 
 
 def combine(recipe: Recipe, losses: Mapping[str, PortLoss], reduce: str) -> Tensor:
-    """The loss that is differentiated. own-tokens: each port by its own count (BAGEL); all-tokens: one count for all (Chameleon)."""
-    weights = {name: recipe.ports[name].loss_weight if name in recipe.ports else 1.0 for name in losses}
+    """The loss that is differentiated. own-tokens: each port by its own count (BAGEL); all-tokens: one count for all (Chameleon).
+    What parts of the network ask for is always added by its own count."""
+    auxiliary = {name: weight for name, weight in auxiliary_weights(recipe).items() if name in losses}
+    weights = {name: recipe.ports[name].loss_weight if name in recipe.ports else 1.0 for name in losses} | auxiliary
     if reduce == "all-tokens":
-        count = sum(loss.count for loss in losses.values()) or 1
-        return torch.stack([weights[name] * loss.total for name, loss in losses.items()]).sum() / count
+        count = sum(loss.count for name, loss in losses.items() if name not in auxiliary) or 1
+        counts = {name: losses[name].count if name in auxiliary else count for name in losses}
+        return torch.stack([weights[name] * loss.total / (counts[name] or 1) for name, loss in losses.items()]).sum()
     return torch.stack([weights[name] * loss.mean for name, loss in losses.items()]).sum()
 
 

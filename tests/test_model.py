@@ -1,5 +1,6 @@
 """From recipe to losses: shared vocabularies, what is frozen, what each port is judged by."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -12,7 +13,7 @@ from stages.errors import GuardError, RecipeError
 from stages.model import Model, PortLoss, build_model, count_parameters, covers, meta_model, set_trainable
 from stages.parts.layers import sincos_2d
 from stages.sequence.pack import pack
-from stages.sequence.segment import Batch, Segment, Sequence
+from stages.sequence.segment import Batch, Role, Segment, Sequence
 from stages.train_unified import combine
 
 RECIPE = mixed_recipe()
@@ -216,6 +217,56 @@ def test_parts_that_do_not_fit_are_errors_that_name_the_port() -> None:
         Model(mixed_recipe('ports.codes.autoencoder="vae"'))
     with pytest.raises(RecipeError, match=r"ports\.text\.connector: ids need one"):
         Model(recipe_from(MIXED.replace('connector = { kind = "embedding" }\n', "", 1)))
+
+
+# what parts of the network ask for
+
+ROUTED = 'backbones.lm.mlp={kind="moe", experts=4, top_k=2, balance_weight=0.25}'
+
+
+def test_learned_routing_adds_its_balance_to_the_losses() -> None:
+    """By name, with its weight, counted in tokens of all layers; padding and the number of targets do not matter."""
+    recipe = mixed_recipe(ROUTED)
+    model = lively(recipe)
+    planner = planner_of(recipe)
+    sequences = [planner.plan(sample_of(number), task, Random(0)) for task in ("draw", "answer") for number in (1, 2)]
+    batch = pack(sequences, row_length=max(map(len, sequences)) + 5)
+    assert batch.padding > 0
+    found = losses(model, batch)
+    assert found["lm.balance"].count == pytest.approx(3 * batch.num_tokens)
+    assert 1.5 < float(found["lm.balance"].mean) < 4
+    others = {name: loss for name, loss in found.items() if name != "lm.balance"}
+    for reduce in ("own-tokens", "all-tokens"):
+        expected = combine(recipe, others, reduce) + 0.25 * found["lm.balance"].mean
+        torch.testing.assert_close(combine(recipe, found, reduce), expected)
+    assert "lm.balance" not in losses(lively(RECIPE), batch)
+
+
+def test_a_batch_to_look_on_at_balances_nothing() -> None:
+    model = lively(mixed_recipe(ROUTED)).train()
+    (sequence,) = (planner_of(model.recipe).plan(sample_of(1), "draw", Random(0)),)
+    watched = replace(sequence, segments=tuple(replace(segment, role=Role.CONTEXT) for segment in sequence.segments))
+    found = model.losses(pack([watched]), Generator().manual_seed(0))["lm.balance"]
+    assert found.count == 0 and float(found.total.detach()) == 0
+    found.total.backward()  # and yet every router is reached: ranks average the gradients of the same weights
+    routers = [parameter.grad for name, parameter in model.named_parameters() if ".router." in name]
+    assert len(routers) == 6 and all(gradient is not None and not gradient.any() for gradient in routers)
+
+
+def test_balance_is_learned() -> None:
+    """A few steps on the balance loss alone move a lopsided router to even use."""
+    model = lively(mixed_recipe(ROUTED)).train()
+    batch = planned("draw", "answer", model=model)
+    routers = [parameter for name, parameter in model.named_parameters() if ".router." in name]
+    optimizer = torch.optim.Adam(routers, lr=0.02)
+    history = []
+    for _ in range(25):
+        loss = model.losses(batch, Generator().manual_seed(0))["lm.balance"].mean
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[0] > 2.05 and history[-1] < 2.02  # two experts a token: 2 is even
 
 
 # freezing

@@ -105,6 +105,20 @@ def test_the_vocabulary_is_that_of_the_tokenizer_which_came_with_the_shards(worl
     assert "vocab_size = 5000" not in plan["resolved_recipe"]
 
 
+def test_a_plan_says_how_many_weights_one_token_meets(world: World) -> None:
+    """Of two hard-routed experts one, of four learned ones two: exact numbers, as the papers count "active" parameters."""
+    dense = plan_run(mixed_recipe('backbones.lm.experts=["all"]', 'ports.text.expert="all"', 'ports.codes.expert="all"', 'ports.latents.expert="all"'), "train-unified")  # fmt: skip
+    assert dense["parameters"]["active"] == dense["parameters"]["model"] and "for one token" not in plan_text(dense)
+    hard = plan_run(mixed_recipe(), "train-unified")
+    assert hard["parameters"]["active"] == dense["parameters"]["model"] < hard["parameters"]["model"]
+    learned = plan_run(mixed_recipe('backbones.lm.mlp={kind="moe", experts=4, top_k=2, shared=1}'), "train-unified")
+    mlp, router = 3 * 48 * 72, 4 * 48
+    assert learned["parameters"]["active"] == dense["parameters"]["model"] + 3 * (2 * mlp + router)
+    told = plan_text(learned)
+    assert f"{learned['parameters']['active']:,} of them for one token" in told
+    assert "2 of 4 MLPs a token, 1 shared" in told
+
+
 def test_memory_counts_every_weight_once(world: World) -> None:
     """Weights of the model, gradients and two moments of what learns; the autoencoders that wrote the shards are not there."""
     frozen = mixed_recipe('phases.joint.frozen=["backbones.lm.experts.words"]', "phases.joint.ema_decay=0.9")
@@ -200,6 +214,8 @@ VARIANTS = [
     {"kv_heads": 2, "mlp_ratio": 2.5},
     {"qk_norm": True, "head_dim": 24},
     {"experts": ("words", "pictures")},
+    {"mlp": {"kind": "moe", "experts": 4, "top_k": 2, "shared": 1}, "mlp_ratio": 1.5},
+    {"mlp": {"kind": "moe", "experts": 6, "top_k": 3}, "mlp_ratio": 1.0},
 ]
 
 

@@ -33,6 +33,7 @@ PLAIN = (
     "phases.joint.tasks={ draw = 1.0, answer = 1.0, paint = 0.0 }",
 )
 FILLED = ("phases=[{ name='joint', stage='train-unified', tasks={ draw = 1.0, answer = 1.0 }, steps=6, batch_tokens=62, lr=1e-3 }]",)
+ROUTED = ('backbones.lm.mlp={kind="moe", experts=3, top_k=2, shared=1, balance_weight=2.0}',)
 PHASES = """phases=[
   {name="first", stage="train-unified", tasks={draw=1.0}, steps=3, batch_size=4, lr=1e-3, ema_decay=0.5},
   {name="second", stage="train-unified", tasks={answer=1.0, paint=1.0}, steps=3, batch_size=4, lr=1e-3, frozen=["backbones.lm.experts.words"]},
@@ -153,6 +154,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     ).shards
     jobs.train("alone", *PLAIN)
     jobs.train("alone filled", *FILLED, *PLAIN[:2])
+    jobs.train("alone routed", *FILLED, *PLAIN[:2], *ROUTED)
     jobs.train("alone phases", PHASES)
     jobs.train("one then two", *PLAIN, max_steps=2)
     jobs.add("alone towers", clip_recipe(), pairs, "align")
@@ -164,6 +166,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.train("ddp", *PLAIN)
     jobs.train("fsdp", *PLAIN, parallel="fsdp")
     jobs.train("ddp filled", *FILLED, *PLAIN[:2])
+    jobs.train("ddp routed", *FILLED, *PLAIN[:2], *ROUTED)
+    jobs.train("fsdp routed", *FILLED, *PLAIN[:2], *ROUTED, parallel="fsdp")
     jobs.train("ddp phases", PHASES)
     jobs.train("fsdp phases", PHASES, parallel="fsdp")
     jobs.train("fsdp then ddp phases", PHASES, parallel="fsdp", max_steps=4)
@@ -200,6 +204,14 @@ def test_batches_are_filled_as_one_rank_would_fill_them(done: Jobs) -> None:
     # a rank without a sample of a batch looks on at its first one, which is then named twice
     assert [sorted(set(keys)) for keys in found] == expected
     assert close(done.weights("ddp filled"), done.weights("alone filled"))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_learned_routing_is_balanced_over_the_batch_of_all_ranks(done: Jobs, name: str) -> None:
+    """Balancing each rank's part by itself would be another loss, and a rank that only looks on has nothing to balance."""
+    assert close(done.weights(f"{name} routed"), done.weights("alone routed"))
+    last = json.loads((done.folder / f"{name} routed" / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 1.9 < last["loss/lm.balance"] < 2.5  # two of three experts a token: 2 is even
 
 
 def test_phases_freeze_and_average_in_shards_as_they_do_whole(done: Jobs) -> None:

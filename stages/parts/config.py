@@ -38,6 +38,8 @@ def parse_part(family: Mapping[str, type[Config]], table: Any, address: str) -> 
             raise RecipeError(f"{address}.{key}: '{kind}' has no such key", hint=nearest(key, member.model_fields))
     try:
         return member(**table)
+    except RecipeError as error:  # a part within this one
+        raise RecipeError(f"{address}.{error.message}", hint=error.hint) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([address, *map(str, first["loc"])])

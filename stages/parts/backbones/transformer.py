@@ -10,17 +10,18 @@ Shape letters: b rows, l row length, q/k query and key length, d width, a heads,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.backbones.moe import Load, MoE, MoEConfig
+from stages.parts.config import PartConfig, parse_part
 from stages.parts.layers import NORMS, GeluMLP, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
@@ -49,6 +50,9 @@ class MLPConfig(PartConfig):
     kind: Literal["swiglu", "gelu"] = "swiglu"
 
 
+MLPS: dict[str, type[PartConfig]] = {"swiglu": MLPConfig, "gelu": MLPConfig, "moe": MoEConfig}
+
+
 class TransformerConfig(PartConfig):
     """Sizes as in the papers: `mlp_ratio` · width is the hidden width of the MLP, `kv_heads` defaults to `heads`.
 
@@ -63,7 +67,7 @@ class TransformerConfig(PartConfig):
     kv_heads: int | None = None
     head_dim: int | None = None
     mlp_ratio: float = 4.0
-    mlp: MLPConfig = MLPConfig()
+    mlp: MLPConfig | MoEConfig = MLPConfig()
     norm: NormConfig = NormConfig()
     qk_norm: bool = False
     bias: Literal["none", "qkv", "all"] = "none"
@@ -72,6 +76,11 @@ class TransformerConfig(PartConfig):
     duplicate: tuple[Duplicated, ...] = ("norm", "qkv", "out", "mlp")
     expert_init: Literal["random", "copy"] = "random"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @field_validator("mlp", mode="before")
+    @classmethod
+    def _parse_mlp(cls, table: Any) -> Any:
+        return parse_part(MLPS, table, "mlp") if isinstance(table, Mapping) else table
 
     @property
     def attention_dim(self) -> int:
@@ -139,7 +148,7 @@ class KeyValueCache:
         return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Tensor]
 Layer = dict[str, list[Function]]
 
 
@@ -177,16 +186,17 @@ class Routing:
     def ungroup(self, x: Tensor) -> Tensor:
         return x if self.only is not None else x.index_select(0, self.inverse)
 
-    def through(self, copies: Sequence[Function], x: Tensor) -> Tensor:
-        """One function, of which each expert may have its own copy, applied to tokens in expert order."""
+    def through(self, copies: Sequence[Function], *rows: Tensor) -> Tensor:
+        """One function, of which each expert may have its own copy, applied to tensors with a row for each token in expert order."""
         if len(copies) == 1:
-            return copies[0](x)
+            return copies[0](*rows)
         if self.only is None:
-            return torch.cat([copy(chunk) for copy, chunk in zip(copies, x.split(self.counts), strict=True)])
+            shares = zip(*(values.split(self.counts) for values in rows), strict=True)
+            return torch.cat([copy(*own) for copy, own in zip(copies, shares, strict=True)])
         if not torch.is_grad_enabled():
-            return copies[self.only](x)
+            return copies[self.only](*rows)
         # while training every expert runs, also on no token: ranks average the gradients of the same weights
-        return torch.cat([copy(x if expert == self.only else x[:0]) for expert, copy in enumerate(copies)])
+        return torch.cat([copy(*(v if expert == self.only else v[:0] for v in rows)) for expert, copy in enumerate(copies)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +204,8 @@ class Arrangement:
     """All that a pass needs besides its content: what depends on places, and what each layer computes. Made once for many passes.
 
     layers: role → function, one that all experts share or one for each. cos, sin: (b, l, 1, head_dim). mask: added to attention
-    scores (b, 1, q, k); without one every row sees every column, or with `causal` those up to its own.
+    scores (b, 1, q, k); without one every row sees every column, or with `causal` those up to its own. real: bool (n,) in expert
+    order, False for padding.
     """
 
     layers: list[Layer]
@@ -204,6 +215,7 @@ class Arrangement:
     sin: Tensor
     mask: Tensor | None
     causal: bool
+    real: Tensor
 
 
 class Stack(nn.Module):
@@ -231,7 +243,11 @@ class Stack(nn.Module):
         if "out" in roles:
             modules["out"] = nn.Linear(attention, c.width, bias=c.bias == "all")
         if "mlp" in roles:
-            modules["mlp"] = (SwiGLU if c.mlp.kind == "swiglu" else GeluMLP)(c.width, c.mlp_width, c.bias == "all")
+            bias = c.bias == "all"
+            if isinstance(c.mlp, MoEConfig):
+                modules["mlp"] = MoE(c.mlp, c.width, c.mlp_width, bias)
+            else:
+                modules["mlp"] = (SwiGLU if c.mlp.kind == "swiglu" else GeluMLP)(c.width, c.mlp_width, bias)
         return modules
 
     def init_weights(self, generator: Generator) -> None:
@@ -292,8 +308,10 @@ class Transformer(nn.Module):
             if name != source:
                 stack.load_state_dict(weights)
 
-    def forward(self, x: Tensor, layout: Layout | Arrangement, cache: KeyValueCache | None = None) -> Tensor:
-        """layout: where the tokens stand, or what `arrange` made of that."""
+    def forward(
+        self, x: Tensor, layout: Layout | Arrangement, cache: KeyValueCache | None = None, loads: list[Load] | None = None
+    ) -> Tensor:
+        """layout: where the tokens stand, or what `arrange` made of that. loads: is given one entry for each mixture of experts."""
         b, length, _ = x.shape
         places = layout if isinstance(layout, Arrangement) else self.arrange(layout, cache, x.dtype)
         routing = places.routing
@@ -303,7 +321,7 @@ class Transformer(nn.Module):
             attended = self._attend(place, layer, normed, (b, length), places, cache)
             grouped = grouped + self._drop(routing.through(layer["out"], attended))
             normed = routing.through(layer["mlp_norm"], grouped)
-            grouped = grouped + self._drop(routing.through(layer["mlp"], normed))
+            grouped = grouped + self._drop(self._feed_forward(layer, normed, places, loads))
         return routing.ungroup(routing.through(places.final_norm, grouped)).reshape(b, length, -1)
 
     # places
@@ -315,7 +333,7 @@ class Transformer(nn.Module):
         causal = (cache is None or not cache.length) and is_causal(layout)
         keys = layout if cache is None else cache.reserve(layout)
         mask = None if causal else additive(may_attend(layout, keys), dtype)
-        return Arrangement(self._layers, self._final_norm, routing, cos, sin, mask, causal)
+        return Arrangement(self._layers, self._final_norm, routing, cos, sin, mask, causal, routing.group(is_real(layout)))
 
     def arrange_columns(self, cache: KeyValueCache, count: int) -> list[Arrangement]:
         """The next `count` reserved columns, one pass each; every pass is kept (`cache.advance`) before the next one runs."""
@@ -328,19 +346,22 @@ class Transformer(nn.Module):
         cos, sin = (wave.split(1, dim=1) for wave in self._rotation(layout.positions, cache.keys[0].dtype))
         experts = len(self.config.experts)
         same = Routing(layout.expert_id, experts)
+        columns = [layout.columns(place, place + 1) for place in range(count)]
+        routings = [same if same.only is not None else Routing(column.expert_id, experts) for column in columns]
         layers = [{role: [without_module(copy) for copy in copies] for role, copies in layer.items()} for layer in self._layers]
         final_norm = [without_module(copy) for copy in self._final_norm]
         return [
             Arrangement(
                 layers,
                 final_norm,
-                same if same.only is not None else Routing(layout.expert_id[:, place], experts),
+                routing,
                 cos[place],
                 sin[place],
                 None if mask is None else mask[:, :, place : place + 1, : start + place + 1],
                 causal=False,
+                real=routing.group(is_real(column)),
             )
-            for place in range(count)
+            for place, (column, routing) in enumerate(zip(columns, routings, strict=True))
         ]
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -360,6 +381,20 @@ class Transformer(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _feed_forward(self, layer: Layer, normed: Tensor, places: Arrangement, loads: list[Load] | None) -> Tensor:
+        """normed (n, d) in expert order → the MLP's (n, d) in expert order."""
+        if not isinstance(self.config.mlp, MoEConfig):
+            return places.routing.through(layer["mlp"], normed)
+
+        def noting(moe: Any, x: Tensor, real: Tensor) -> Tensor:
+            out, load = moe(x, real)
+            if loads is not None:
+                loads.append(load)
+            return out
+
+        copies: list[Any] = [partial(noting, moe) for moe in layer["mlp"]]
+        return places.routing.through(copies, normed, places.real)
 
     def _attend(
         self,
@@ -388,6 +423,11 @@ class Transformer(nn.Module):
             k, v = cache.extend(place, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, is_causal=places.causal, enable_gqa=kv_heads != c.heads)
         return routing.group(attended.transpose(1, 2).reshape(shape[0] * shape[1], -1))
+
+
+def is_real(layout: Layout) -> Tensor:
+    """Bool (b·l,): False for padding."""
+    return layout.sample_id.reshape(-1) >= 0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
