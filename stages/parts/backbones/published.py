@@ -39,7 +39,7 @@ SETTINGS: dict[str, Callable[[TransformerConfig], Any]] = {
     "heads": lambda c: c.heads,
     "kv_heads": lambda c: c.kv_heads or c.heads,
     "head_dim": lambda c: c.attention_dim,
-    "mlp_ratio": lambda c: c.mlp_width / c.width,
+    "mlp_ratio": lambda c: c.mlp_ratio,
     "mlp.kind": lambda c: c.mlp.kind,
     "norm.kind": lambda c: c.norm.kind,
     "norm.eps": lambda c: c.norm.eps,
@@ -129,7 +129,7 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
         "heads": heads,
         "kv_heads": shape("self_attn.k_proj")[0] // head_dim,
         "head_dim": head_dim,
-        "mlp_ratio": shape("mlp.gate_proj")[0] / width,
+        "mlp_ratio": _ratio(shape("mlp.gate_proj")[0], width),
         "mlp.kind": "swiglu",
         "norm.kind": "rms",
         "norm.eps": float(facts.get("rms_norm_eps", 1e-6)),
@@ -143,6 +143,12 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
 def facts_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json says of the language model: all of it, or the section of a larger model."""
     return config.get("text_config") or config
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The shortest number that, times the width and rounded, is the hidden width of the MLP."""
+    ratios = (round(hidden / width, digits) for digits in range(17))
+    return next(ratio for ratio in ratios if round(width * ratio) == hidden)
 
 
 def _bias(tensors: Mapping[str, Tensor], layer: str, where: str) -> str:
@@ -171,12 +177,12 @@ def _scaling(rope: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> R
 def differing(config: TransformerConfig, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key → (what the recipe has, what the release is), for the fewest keys that make the recipe's network the release's."""
     found: dict[str, tuple[Any, Any]] = {}
+    adapted = config
     for key, value in settings.items():
-        here = SETTINGS[key](config)
-        agrees = round(config.width * value) == config.mlp_width if key == "mlp_ratio" else here == value
-        if not agrees:
-            found[key] = (here, value)
-            config = _with(config, key, value)
+        same = round(adapted.width * value) == adapted.mlp_width if key == "mlp_ratio" else SETTINGS[key](adapted) == value
+        if not same:
+            found[key] = (SETTINGS[key](config), value)
+            adapted = _with(adapted, key, value)
     return found
 
 
