@@ -187,6 +187,17 @@ def test_what_the_transformer_cannot_do_is_refused(facts: dict[str, Any], messag
         filled(recipe_from(ANY), changed(source, **facts))
 
 
+def test_a_config_that_leaves_out_what_is_needed_is_refused(tmp_path: Path) -> None:
+    source = release(tmp_path, randomised(llama()))
+    changed(source, rope_parameters={**plain(1.0), "rope_type": "llama3", "factor": 2.0})
+    with pytest.raises(DataError, match=r"does not say low_freq_factor, high_freq_factor, original_max_position_embeddings"):
+        filled(recipe_from(ANY), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "num_attention_heads"}))
+    with pytest.raises(DataError, match=r"config\.json does not say num_attention_heads"):
+        filled(recipe_from(ANY), source)
+
+
 def test_biases_that_only_some_have_are_refused(tmp_path: Path) -> None:
     source = release(tmp_path, randomised(llama(attention_bias=True)))
     with pytest.raises(UsageError, match="biases on queries True, on the output of attention True, in the MLP False"):

@@ -32,6 +32,14 @@ LAYER = {  # ours → theirs; several are stacked in this order
     "mlp.down": ("mlp.down_proj",),
 }
 
+SCALING = {  # of rotary positions: kind → our keys, theirs
+    "linear": {"factor": "factor"},
+    "llama3": {
+        **{key: key for key in ("factor", "low_freq_factor", "high_freq_factor")},
+        "original_length": "original_max_position_embeddings",
+    },
+}
+
 # what must agree, by key of the recipe: how it is read from a config. In this order, a default may follow from what stands before it
 SETTINGS: dict[str, Callable[[TransformerConfig], Any]] = {
     "width": lambda c: c.width,
@@ -167,11 +175,14 @@ def _scaling(rope: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> R
         raise UsageError(f"{where}: rotates a part of each head only, which the transformer here cannot")
     if kind == "default":
         return None
-    if kind not in ("llama3", "linear"):
-        raise UsageError(f"{where}: config.json scales its rotary positions by {kind!r}; llama3, linear and none are read")
-    keys = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor") if key in rope}
-    length = rope.get("original_max_position_embeddings", facts.get("original_max_position_embeddings"))
-    return RopeScalingConfig(kind=kind, **keys, **({"original_length": length} if kind == "llama3" else {}))
+    if kind not in SCALING:
+        raise UsageError(f"{where}: config.json scales its rotary positions by {kind!r}; {', '.join(SCALING)} and none are read")
+    said = {"original_max_position_embeddings": facts.get("original_max_position_embeddings"), **rope}
+    keys = SCALING[kind]
+    absent = [theirs for theirs in keys.values() if said.get(theirs) is None]
+    if absent:
+        raise DataError(f"{where}: config.json scales its rotary positions by {kind!r} and does not say {', '.join(absent)}")
+    return RopeScalingConfig(kind=kind, **{ours: said[theirs] for ours, theirs in keys.items()})
 
 
 def differing(config: TransformerConfig, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -205,7 +216,7 @@ def assignment(address: str, key: str, value: Any) -> str:
     if isinstance(value, PartConfig):
         inner = ", ".join(f"{name} = {_toml(entry)}" for name, entry in value.model_dump().items())
         return f"--set '{address}.{key}={{ {inner} }}'"
-    return f"--set {address}.{key}={value if isinstance(value, str) else _toml(value)}"
+    return f"--set {address}.{key}={value if isinstance(value, str) else _toml(value)}"  # a bare word is a string
 
 
 def _toml(value: Any) -> str:
