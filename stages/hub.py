@@ -46,8 +46,10 @@ def is_model(spec: str) -> bool:
     return spec.startswith(SCHEME) and not spec.startswith((SCHEME + "datasets/", SCHEME + "spaces/"))
 
 
-def resolve(spec: str | Path, *, api: "HfApi | None" = None) -> Path:
+def resolve(spec: str | Path, *, only: str = "*", api: "HfApi | None" = None) -> Path:
     """The local folder of a checkpoint, or file of weights: itself, or for `hf://...` the downloaded copy (kept in the Hub's own cache).
+
+    only: a pattern, where of a folder not everything is wanted.
 
     Raises UsageError when the address is malformed or there is no such repository, folder or file, MmgenError when the Hub is out of reach.
     """
@@ -55,7 +57,7 @@ def resolve(spec: str | Path, *, api: "HfApi | None" = None) -> Path:
         return Path(spec)
     address = parse_address(str(spec))
     is_file = address.folder.endswith(WEIGHTS)
-    patterns = [f"{address.folder}/*"] if address.folder else None
+    patterns = [f"{address.folder}/{only}"] if address.folder else [only] if only != "*" else None
     if is_file:  # with the config.json beside it
         patterns = [address.folder, (PurePosixPath(address.folder).parent / "config.json").as_posix()]
     with _hub_errors(str(spec)):

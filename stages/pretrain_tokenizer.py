@@ -20,7 +20,7 @@ from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
-from stages.errors import DataError, GuardError, RecipeError, UsageError, nearest
+from stages.errors import DataError, GuardError, RecipeError, nearest
 from stages.metrics.codebook import perplexity, usage
 from stages.metrics.psnr import psnr
 from stages.model import count_parameters, set_trainable
@@ -29,7 +29,7 @@ from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLAutoencoder
 from stages.parts.objectives.reconstruction import Reconstruct, ReconstructionConfig
 from stages.parts.quantizers import Quantizer
-from stages.parts.tokenizers import texts_of
+from stages.parts.tokenizers import TextTokenizer, texts_of
 from stages.parts.views.square import to_pixels
 from stages.recipe import Phase, Port, Recipe
 from stages.run import Run
@@ -37,8 +37,9 @@ from stages.training.checkpoint import save_checkpoint
 from stages.training.ema import EMA
 from stages.training.loop import Progress, StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
 from stages.training.order import Order
-from stages.training.released import Start, fill, open_starts, with_released_scale
+from stages.training.released import Start, adopt_tokenizer, fill, open_starts, with_released_scale
 from stages.training.stream import not_shared
+from stages.travelling import with_vocabularies
 
 IN_MEMORY = 1024**3  # bytes of decoded pictures that are kept; beyond, they are decoded again every epoch
 NUM_VALIDATION = 1024  # pictures that are reconstructed for the reported numbers
@@ -66,20 +67,24 @@ def pretrain_tokenizer(
         mixing=True,
     )
     validation = _open_validation(shards, val)
-    starts = open_starts({**recipe.init_from, **(init or {})})
-    recipe = with_released_scale(recipe, starts)
-    inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}, *(start.as_input() for start in starts)]
+    inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
+    starts: list[Start] = []
+    words: TextTokenizer | None = None
+    if recipe.autoencoders:
+        starts = open_starts({**recipe.init_from, **(init or {})})
+        recipe = with_released_scale(recipe, starts)
+        inputs += [start.as_input() for start in starts]
+    elif init:
+        words, adopted = adopt_tokenizer(recipe, init)
+        recipe = with_vocabularies(recipe, {next(iter(recipe.tokenizers)): words})
+        inputs.append(adopted)
     with Run(out, stage="pretrain-tokenizer", options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
         if run.complete:
             return out
         if recipe.autoencoders:
             _train_autoencoder(recipe, data, validation, run, options, starts)
-        elif starts:
-            raise UsageError(
-                f"--init {starts[0].address}: recipe '{recipe.name}' has no autoencoder, and a text tokenizer starts from nothing"
-            )
         else:
-            _train_text_tokenizer(recipe, data, validation, run, options)
+            _train_text_tokenizer(recipe, data, validation, run, options, words)
     return out
 
 
@@ -94,7 +99,10 @@ def _open_validation(shards: str, val: str | None) -> Shards | None:
 # --- text -------------------------------------------------------------------------------------------------------------------------
 
 
-def _train_text_tokenizer(recipe: Recipe, data: Shards, validation: Shards | None, run: Run, options: RunOptions) -> None:
+def _train_text_tokenizer(
+    recipe: Recipe, data: Shards, validation: Shards | None, run: Run, options: RunOptions, released: TextTokenizer | None = None
+) -> None:
+    """Learn the vocabulary, or keep a released one as it is; measure it on held-out texts."""
     if len(recipe.tokenizers) != 1:
         raise RecipeError(
             f"recipe '{recipe.name}': pretrain-tokenizer trains one autoencoder or one text tokenizer, this recipe has neither alone",
@@ -116,7 +124,7 @@ def _train_text_tokenizer(recipe: Recipe, data: Shards, validation: Shards | Non
             for field in fields:
                 yield from texts_of(sample.fields[field])
 
-    tokenizer = config.train(list(texts()))
+    tokenizer = released or config.train(list(texts()))
     numbers: dict[str, float | int] = {"vocab_size": tokenizer.vocab_size, "samples": count}
     if validation is not None:
         held_out = [
@@ -129,7 +137,8 @@ def _train_text_tokenizer(recipe: Recipe, data: Shards, validation: Shards | Non
         save_checkpoint(run.out, recipe, {}, facts=numbers)
         tokenizer.save(run.out)
     run.say(data.write_bad_samples(run.meta))
-    run.finish(message=f"{tokenizer.vocab_size} entries from {', '.join(fields)} of {count:,} samples")
+    origin = f"{', '.join(fields)} of {count:,} samples" if released is None else "the release"
+    run.finish(message=f"{tokenizer.vocab_size} entries from {origin}")
 
 
 def _samples(shards: Shards, fields: list[str], limit: int | None, run: Run) -> Iterator[Sample]:

@@ -19,18 +19,18 @@ from stages import ranks
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
 from stages.errors import UsageError
-from stages.hub import resolve
 from stages.model import Model, PortLoss, auxiliary_weights, build_model, count_parameters, covers, set_trainable, shared_losses
 from stages.options import RunOptions
 from stages.recipe import Phase, Recipe, Stage
 from stages.run import Run
 from stages.sequence.plan import Planner
 from stages.sequence.segment import Batch
-from stages.training.checkpoint import checkpoint_input, fingerprint, init_part, open_checkpoint, save_checkpoint
+from stages.training.checkpoint import fingerprint, open_checkpoint, save_checkpoint
 from stages.training.ema import EMA
 from stages.training.features import precompute_features
 from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
 from stages.training.parallel import Engine, whole
+from stages.training.released import fill, open_starts
 from stages.training.stream import Stream, unused_tasks
 from stages.training.validation import Validation
 from stages.travelling import Travelling, find_tokenizers, load_travelling
@@ -60,7 +60,7 @@ def train_phases(
     tokenizers: Sequence[Path],
     val: str | None,
 ) -> Path:
-    """Run all phases of one stage. init: address → checkpoint folder (or hf://…) that the part starts from."""
+    """Run all phases of one stage. init: address → checkpoint or released weights (a folder, hf://…) that the part starts from."""
     started = time.monotonic()
     deterministic()
     device = resolve_device(options.device)
@@ -74,23 +74,22 @@ def train_phases(
         spool=spool_folder(out),
         mixing=True,
     )
-    starts = {address: str(resolve(folder)) for address, folder in {**recipe.init_from, **init}.items()}
-    came_along = [path for folder in starts.values() for path in open_checkpoint(Path(folder.split("#")[0])).tokenizers.values()]
+    starts = open_starts({**recipe.init_from, **init})
+    filled = [start.address for start in starts]
+    came_along = [path for start in starts if start.released is None for path in open_checkpoint(start.path).tokenizers.values()]
     recipe, travelling = load_travelling(recipe, find_tokenizers(recipe, tokenizers, came_along, data.tokenizers))
     check_fingerprints(recipe, travelling, data)
 
     inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
-    folders = {address: Path(folder.split("#")[0]) for address, folder in starts.items()}
-    inputs += [checkpoint_input(str(folder), folder, role=f"init {address}") for address, folder in folders.items()]
+    inputs += [start.as_input() for start in starts]
     with Run(out, stage=stage, options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
         if run.complete:
             return out
         model = build_model(recipe, options.seed)
-        for address, folder in starts.items():
-            filled = init_part(model, address, Path(folder))
-            run.say(f"{', '.join(filled)} from {folder}")
-        copy_experts(model, starts)
-        check_weights_come_from_somewhere(model, phases, starts)
+        while starts:  # one after the other, so that no weight is held twice for long
+            run.say(fill(model, starts.pop(0), travelling.text))
+        copy_experts(model, filled)
+        check_weights_come_from_somewhere(model, phases, filled)
         model.to(device)
         planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
         planner.trust_ids({name: entry.get("tokenizer") for name, entry in data.fields.items()})
@@ -196,14 +195,14 @@ def combine(recipe: Recipe, losses: Mapping[str, PortLoss], reduce: str) -> Tens
     return torch.stack([weights[name] * loss.mean for name, loss in losses.items()]).sum()
 
 
-def copy_experts(model: Model, starts: Mapping[str, str]) -> None:
+def copy_experts(model: Model, starts: Sequence[str]) -> None:
     """expert_init = "copy" once more after --init: the copies are of the weights that were loaded, not of fresh ones."""
     for name, network in model.recipe.backbones.items():
         if network.expert_init == "copy" and any(covers(address, f"backbones.{name}.experts.{network.experts[0]}") for address in starts):
             model.backbones[name].copy_expert(network.experts[0])  # type: ignore[operator]
 
 
-def check_weights_come_from_somewhere(model: Model, phases: Sequence[Phase], starts: Mapping[str, str]) -> None:
+def check_weights_come_from_somewhere(model: Model, phases: Sequence[Phase], starts: Sequence[str]) -> None:
     """A part that no phase trains and no checkpoint fills would stay at random: the field's quietest mistake."""
     for name, _ in model.named_parameters():
         trained = any(any(covers(a, name) for a in phase.trainable) and not any(covers(a, name) for a in phase.frozen) for phase in phases)

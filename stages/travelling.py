@@ -8,7 +8,6 @@ text tokenizer may have found fewer merges than it was allowed.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,17 +81,21 @@ def _kind_of(folder: Path) -> tuple[str, str | None]:
 def load_travelling(recipe: Recipe, folders: dict[str, Path], device: str = "cpu") -> tuple[Recipe, Travelling]:
     """Load text tokenizers, and the recipe with the tables of what was found."""
     text = {name: load_tokenizer(folders[f"tokenizers.{name}"]) for name in recipe.tokenizers}
-    tables: dict[str, dict[str, Any]] = {}
-    for name, tokenizer in text.items():
-        tables[f"tokenizers.{name}"] = {
-            "kind": tokenizer.config.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "special": list(tokenizer.config.special),
-        }
+    recipe, tables = with_vocabularies(recipe, text), {}
     for name in recipe.autoencoders:
         source = open_checkpoint(folders[f"autoencoders.{name}"]).recipe.source["autoencoders"]
         tables[f"autoencoders.{name}"] = next(iter(source.values()))
     return recipe.with_parts(tables), Travelling(folders, text, device)
+
+
+def with_vocabularies(recipe: Recipe, text: Mapping[str, TextTokenizer]) -> Recipe:
+    """The recipe with the text tokenizers as they are."""
+    return recipe.with_parts(
+        {
+            f"tokenizers.{name}": {"kind": own.config.kind, "vocab_size": own.vocab_size, "special": list(own.config.special)}
+            for name, own in text.items()
+        }
+    )
 
 
 @torch.no_grad()

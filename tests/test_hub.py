@@ -102,6 +102,18 @@ def test_a_folder_inside_a_repository_is_a_checkpoint_too(tmp_path: Path, hub: F
         resolve("hf://me/all/bpe", api=hub)  # type: ignore[arg-type]
 
 
+def test_of_a_repository_only_what_is_wanted_is_fetched(tmp_path: Path, hub: FolderHub) -> None:
+    (tmp_path / "hub" / "me" / "lm" / "words").mkdir(parents=True)
+    for spec, only, patterns in [
+        ("hf://me/lm", "*.json", ["*.json"]),
+        ("hf://me/lm/words", "*.json", ["words/*.json"]),
+        ("hf://me/lm", "*", None),
+        ("hf://me/lm/words", "*", ["words/*"]),
+    ]:
+        assert resolve(spec, only=only, api=hub).is_dir()  # type: ignore[arg-type]
+        assert hub.asked is not None and hub.asked[0] == patterns
+
+
 def test_a_file_of_weights_is_fetched_by_its_name(tmp_path: Path, hub: FolderHub) -> None:
     """With the config.json beside it. Pickled ones too: whoever asks for such a file reads nothing but its tensors."""
     (tmp_path / "hub" / "me" / "all" / "vae").mkdir(parents=True)

@@ -1,21 +1,22 @@
-"""An autoencoder that somebody else released, as the start of a training run: `--init autoencoders.NAME=SOURCE`.
+"""A part that somebody else released, as the start of a run: `--init ADDRESS=SOURCE`.
 
 SOURCE is a file (.safetensors, or .pt, .pth, .ckpt, .bin, of which nothing but tensors is read), a folder with config.json and
-*.safetensors, in several pieces too, or the same on the Hub; `#PATH` picks an autoencoder inside a larger model. Which layout it is in
-shows in its names, see `stages/parts/autoencoders/published.py`:
+*.safetensors, in several pieces too, or the same on the Hub; `#PATH` picks the part inside a larger model. Which layout it is in shows
+in its names: of autoencoders see `stages/parts/autoencoders/published.py`, of language models `stages/parts/backbones/published.py`.
 
     mmgen pretrain-tokenizer data --recipe kl-autoencoder --size paper --set phases.train.steps=0 --out runs/sd-vae \\
         --init autoencoders.vae=hf://stabilityai/sd-vae-ft-mse
-    mmgen pretrain-tokenizer data --recipe llamagen-vq --size paper --set phases.train.steps=0 --out runs/llamagen \\
-        --init autoencoders.vq=hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt
+    mmgen pretrain-tokenizer data --recipe text-bpe --init tokenizers.bpe=hf://HuggingFaceTB/SmolLM2-135M --out runs/words
+    mmgen train-unified tokens --recipe lmfusion --init backbones.lm=hf://HuggingFaceTB/SmolLM2-135M --out runs/lmfusion --set …
 
-With no steps the weights stay as released: held-out pictures are measured, and the checkpoint is one like any other.
+An autoencoder that is trained for no steps stays as released: held-out pictures are measured, and the checkpoint is one like any other.
+A language model fills the first expert of a network, or the one that is named, and the rows of the vocabulary that are its own.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,11 +28,15 @@ from torch import Tensor, nn
 
 from stages.errors import DataError, UsageError
 from stages.hub import resolve
-from stages.model import covers
+from stages.model import Model, backbone_of, covers
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLCNNConfig
 from stages.parts.autoencoders.published import DIFFUSERS, LEFT_OUT, OUR_OWN, layout_of, prefix_of, translate
+from stages.parts.backbones import Transformer
+from stages.parts.backbones import published as language
+from stages.parts.tokenizers import ReleasedTokenizerConfig, TextTokenizer
 from stages.recipe import Recipe
+from stages.sequence.segment import Content
 from stages.training.checkpoint import checkpoint_input, init_part, is_unfinished
 
 INSIDE = ("ema", "model", "state_dict")  # where a .pt keeps its weights, the averaged ones before the others
@@ -42,26 +47,31 @@ LONG_RUN = 100.0  # latents that each released code counts as having won, so tha
 
 @dataclass(frozen=True)
 class Released:
-    """Weights without their prefix, and what the config.json beside them says."""
+    """Weights of one part, and what the config.json beside them says. Names of an autoencoder are without their prefix."""
 
     source: str
+    family: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
 
     @property
     def layout(self) -> str:
-        return layout_of(self.tensors, self.source).name
+        return language.LAYOUT if self.family == "backbones" else layout_of(self.tensors, self.source).name
 
     @property
     def scale_and_shift(self) -> tuple[float, float] | None:
         """(mean - shift) · scale, where the release says it: config.json of diffusers' AutoencoderKL."""
-        if self.config.get("_class_name") != "AutoencoderKL" or self.layout != DIFFUSERS.name:
+        if self.family != "autoencoders" or self.config.get("_class_name") != "AutoencoderKL" or self.layout != DIFFUSERS.name:
             return None
         return float(self.config.get("scaling_factor") or NEVER_SCALED), float(self.config.get("shift_factor") or 0.0)
 
     def fingerprint(self) -> str:
         """sha256 of the tensors and of what is read of the config, never of the files."""
-        digest = hashlib.sha256(repr(self.scale_and_shift).encode())
+        read: Any = self.scale_and_shift
+        if self.family == "backbones":
+            tied = "tie_word_embeddings"
+            read = (language.settings_of(self.tensors, self.config, self.source), language.facts_of(self.config).get(tied))
+        digest = hashlib.sha256(repr(read).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -92,8 +102,26 @@ def open_starts(init: Mapping[str, str]) -> list[Start]:
         text, _, inside = spec.partition("#")
         path = resolve(text)
         ours = (path / "recipe.toml").is_file() or is_unfinished(path)
-        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside)))
+        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, address.split(".")[0])))
     return starts
+
+
+def adopt_tokenizer(recipe: Recipe, init: Mapping[str, str]) -> tuple[TextTokenizer, dict[str, Any]]:
+    """The vocabulary that another model was released with, and it as an input of the run. init: `tokenizers.NAME` → folder or hf://…
+
+    It gets the special tokens of the recipe's own tokenizer of that name, behind its entries where it has them not.
+    """
+    (address, spec), *more = init.items()
+    name = address.removeprefix("tokenizers.")
+    if more or address == name or name not in recipe.tokenizers:
+        raise UsageError(
+            f"--init {', '.join(init)}: recipe '{recipe.name}' has no autoencoder; its text tokenizer may start from a release",
+            hint=f"--init tokenizers.{next(iter(recipe.tokenizers), 'NAME')}=hf://ORG/NAME",
+        )
+    own = recipe.tokenizers[name]
+    config = ReleasedTokenizerConfig(vocab_size=own.vocab_size, special=own.special, fields=own.fields)
+    tokenizer = config.adopt(resolve(spec, only="*.json"))
+    return tokenizer, {"role": f"init {address}", "path": spec, "fingerprint": tokenizer.fingerprint}
 
 
 def with_released_scale(recipe: Recipe, starts: Iterable[Start]) -> Recipe:
@@ -108,11 +136,16 @@ def with_released_scale(recipe: Recipe, starts: Iterable[Start]) -> Recipe:
     return recipe
 
 
-def fill(learner: nn.Module, start: Start) -> str:
-    """Put one start into the weights of `learner`, whose names are addresses; returns what was done, in words."""
+def fill(learner: nn.Module, start: Start, text: Mapping[str, TextTokenizer] | None = None) -> str:
+    """Put one start into the weights of `learner`, whose names are addresses; returns what was done, in words.
+
+    text: the recipe's text tokenizers, which say whether a language model's vocabulary is theirs.
+    """
     if start.released is None:
         source = f"{start.path}#{start.inside}" if start.inside else str(start.path)
         return f"{', '.join(init_part(learner, start.address, Path(source)))} from {start.spec}"
+    if isinstance(learner, Model):
+        return fill_network(learner, start, start.released, text or {})
     family, _, rest = start.address.partition(".")
     name, _, part = rest.partition(".")
     if family != "autoencoders" or not any(covers(start.address, weight) for weight in learner.state_dict()):
@@ -129,6 +162,90 @@ def fill(learner: nn.Module, start: Start) -> str:
     if any(weight.startswith("quantizer.") for weight in found):
         start_counting(autoencoder)
     return f"{start.address} from {start.spec} (layout {start.released.layout})"
+
+
+def fill_network(model: Model, start: Start, released: Released, text: Mapping[str, TextTokenizer]) -> str:
+    """A released language model into one expert of a network and what its experts share, with the words that are the model's own."""
+    family, _, rest = start.address.partition(".")
+    name, _, part = rest.partition(".")
+    config = model.recipe.backbones.get(name) if family == "backbones" else None
+    expert = part.removeprefix("experts.") if part else config.experts[0] if config else ""
+    if config is None or expert not in config.experts:
+        networks = [f"backbones.{name}" for name in model.recipe.backbones]
+        experts = [f"{address}.experts.{e}" for address in networks for e in model.recipe.backbones[address[10:]].experts]
+        raise UsageError(
+            f"--init {start.address}: released language models start networks or experts of them, and there is no such one",
+            hint=f"there is {', '.join([*networks, *experts])}",
+        )
+    network = model.backbones[name]
+    assert isinstance(network, Transformer)
+    settings = language.settings_of(released.tensors, released.config, start.spec)
+    unlike = language.differing(config, settings)
+    embedding, head = language.vocabulary_of(released.tensors, released.config)
+    tied = [
+        owner
+        for owner in {model.slices[port].owner for port in text_ports(model, name)}
+        if getattr(model.recipe.ports[owner].head, "tied", False) and head is not embedding
+    ]
+    if unlike or tied:
+        told = [f"{key} {language.shown(there)}, here {language.shown(here)}" for key, (here, there) in unlike.items()]
+        told += [f"a head of its own, here ports.{owner}.head is the embedding" for owner in tied]
+        sets = [language.assignment(f"backbones.{name}", key, there) for key, (_, there) in unlike.items()]
+        sets += [language.assignment(f"ports.{owner}", "head.tied", False) for owner in tied]
+        raise UsageError(
+            f"--init {start.address}={start.spec}: not the network of backbones.{name} in this recipe: {'; '.join(told)}",
+            hint=f"make it that network: {' '.join(sets)}",
+        )
+    found = {f"backbones.{name}.{key}": value for key, value in language.translate(network, expert, released.tensors, start.spec).items()}
+    found = {key: value for key, value in found.items() if covers(start.address, key)}
+    words: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for port in text_ports(model, name) if not part or expert == config.experts[0] else []:
+        tables, note = own_words(model, port, released, (embedding, head), text.get(model.recipe.ports[port].tokenizer))
+        words |= tables
+        notes.append(note)
+    model.load_state_dict({**found, **words}, strict=False)  # `translate` was strict
+    return "; ".join([f"{start.address} from {start.spec} (layout {released.layout})", *notes])
+
+
+def text_ports(model: Model, network: str) -> list[str]:
+    """The ports by which words enter a network."""
+    ports = model.recipe.ports.items()
+    return [
+        name
+        for name, port in ports
+        if port.content == Content.TOKEN_IDS and port.enters == "sequence" and backbone_of(model.recipe, port) == network
+    ]
+
+
+def own_words(
+    model: Model, port: str, released: Released, tables: tuple[Tensor, Tensor], tokenizer: TextTokenizer | None
+) -> tuple[dict[str, Tensor], str]:
+    """Embedding and head of a port with the release's rows for the ids that mean the same in both, and what was done, in words.
+
+    Ids mean the same where the tokenizer has every entry of the one beside the weights; without one beside them, where both have as
+    many. Special tokens that the recipe added start from the rows that a release keeps behind its vocabulary, if it does, or anew.
+    """
+    piece, rows = model.slices[port], tables[0].shape[0]
+    source = Path(released.source)
+    file = (source if source.is_dir() else source.parent) / "tokenizer.json"
+    if file.is_file() and tokenizer is not None:
+        same = tokenizer.extends(file)
+    else:
+        same = piece.size == rows
+    if not same:
+        return {}, f"ports.{port} does not: its {piece.size:,} entries are not the {rows:,} of the release"
+    count, state = min(piece.size, rows), model.state_dict()
+    filled: dict[str, Tensor] = {}
+    for module, table in zip(("connector", "head"), tables, strict=True):
+        name = f"ports.{piece.owner}.{module}.weight"
+        if name in state:
+            if table.shape[1] != state[name].shape[1]:
+                raise DataError(f"{released.source}: its words are {table.shape[1]} wide, {name} is {state[name].shape[1]}")
+            whole = state[name].clone()
+            whole[piece.start : piece.start + count] = table[:count]
+            filled[name] = whole
+    return filled, f"ports.{port} with {count:,} of its {piece.size:,} rows"
 
 
 def same_groups(autoencoder: nn.Module, released: Released) -> None:
@@ -153,8 +270,12 @@ def start_counting(autoencoder: nn.Module) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------------------
 
 
-def read_released(path: Path, inside: str = "") -> Released:
-    """The autoencoder in a file or folder. UsageError if there is nothing to read, DataError if it is damaged or no autoencoder."""
+Select = Callable[[Iterable[str], str, str], dict[str, str]]  # names, where, #PATH → name that is kept: name in the file
+
+
+def read_released(path: Path, inside: str = "", family: str = "autoencoders") -> Released:
+    """The autoencoder or language model in a file or folder. UsageError if there is nothing to read, DataError if it is damaged or no such part."""
+    select: Select = language.select if family == "backbones" else names_below
     if not path.exists():
         raise UsageError(
             f"{path}: no such file or folder", hint="--init takes a checkpoint, a file of weights, a folder of them, or hf://ORG/NAME"
@@ -162,16 +283,16 @@ def read_released(path: Path, inside: str = "") -> Released:
     folder = path if path.is_dir() else path.parent
     files = weight_files(path) if path.is_dir() else [path]
     if all(file.suffix == ".safetensors" for file in files):
-        tensors = read_safetensors(files, inside)
+        tensors = read_safetensors(files, inside, select)
     else:
         everything = read_torch(path)
-        tensors = {name: everything[full] for name, full in names_below(everything, str(path), inside).items()}
+        tensors = {name: everything[full] for name, full in select(everything, str(path), inside).items()}
     config = folder / "config.json"
     try:
         facts = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except ValueError as error:
         raise DataError(f"{config}: not JSON: {error}") from None
-    return Released(str(path), tensors, facts if isinstance(facts, dict) else {})
+    return Released(str(path), family, tensors, facts if isinstance(facts, dict) else {})
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -206,13 +327,13 @@ def names_below(names: Iterable[str], where: str, inside: str) -> dict[str, str]
     return {name: full for name, full in short.items() if not name.startswith(LEFT_OUT)}
 
 
-def read_safetensors(files: list[Path], inside: str) -> dict[str, Tensor]:
-    """The autoencoder's tensors out of one file or several; a larger model around it is not read."""
+def read_safetensors(files: list[Path], inside: str, select: Select) -> dict[str, Tensor]:
+    """The part's tensors out of one file or several; a larger model around it is not read."""
     where = str(files[0] if len(files) == 1 else files[0].parent)
     try:
         opened = [safe_open(path, framework="pt") for path in files]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {name: holder[full].get_tensor(full) for name, full in names_below(holder, where, inside).items()}
+        return {name: holder[full].get_tensor(full) for name, full in select(holder, where, inside).items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where}: cannot be read as safetensors ({error})") from None
 

@@ -29,12 +29,36 @@ from stages.sequence.segment import Layout
 Duplicated = Literal["norm", "qkv", "out", "mlp"]
 
 
+class RopeScalingConfig(PartConfig):
+    """Rotary positions that turn slower, for contexts longer than the model was first trained on.
+
+    linear: every channel `factor` times slower (arXiv:2306.15595). llama3: only waves longer than original_length / low_freq_factor
+    are; those shorter than original_length / high_freq_factor stay, and between the two the change is gradual in the frequency
+    ("The Llama 3 Herd of Models", arXiv:2407.21783, as Llama 3.1 was released).
+    """
+
+    kind: Literal["llama3", "linear"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def slower(self, rate: Tensor) -> Tensor:
+        """Radians a position → the same, scaled."""
+        if self.kind == "linear":
+            return rate / self.factor
+        turns = self.original_length * rate / (2 * math.pi)  # within the original length
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return kept * rate + (1 - kept) * rate / self.factor
+
+
 class RopeConfig(PartConfig):
     """Rotary positions (RoFormer, arXiv:2104.09864). `axes` gives the head's channels to (t, h, w); without it all turn with t."""
 
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
     axes: tuple[int, int, int] | None = None
+    scaling: RopeScalingConfig | None = None
 
 
 class NormConfig(PartConfig):
@@ -369,6 +393,8 @@ class Transformer(nn.Module):
         half = self.config.attention_dim // 2
         rope = self.config.rope
         rate = rope.theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+        if rope.scaling is not None:
+            rate = rope.scaling.slower(rate)
         if rope.axes is None:
             angle = positions[..., :1].float() * rate
         else:

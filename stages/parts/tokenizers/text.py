@@ -19,7 +19,7 @@ from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.files import write_atomic
 from stages.parts.config import PartConfig
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer, with ids 0, 1 and 2
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
 TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text")
 RECORD_KEYS = ("question", "answer", "text", "caption", "instruction")  # what is language in a record such as one of `qa`
 
@@ -30,6 +30,10 @@ class TokenizerConfig(PartConfig):
     vocab_size: int
     special: tuple[str, ...] = ()  # after <pad>, <bos> and <eos>, which are always there
     fields: tuple[str, ...] = TEXT_FIELDS
+
+    def written(self, token: str) -> str:
+        """What the table calls a special token."""
+        return token
 
     def train(self, texts: Iterable[str]) -> "TextTokenizer":
         raise NotImplementedError
@@ -43,12 +47,12 @@ class TextTokenizer:
         self.special = (PAD, BOS, EOS, *config.special)
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True  # "<eos>" inside a text is five letters
-        found = {token: tokenizer.token_to_id(token) for token in self.special}
+        found = {token: tokenizer.token_to_id(config.written(token)) for token in self.special}
         self._special_ids = {token: index for token, index in found.items() if index is not None}
         if len(self._special_ids) < len(self.special):
             raise DataError(f"the text tokenizer's table lacks the special tokens {sorted(set(self.special) - set(self._special_ids))}")
         self._special_pattern = re.compile("(" + "|".join(re.escape(token) for token in sorted(self.special, key=len, reverse=True)) + ")")
-        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.vocab_size: int = 1 + max(tokenizer.get_vocab().values())
 
     def special_id(self, name: str) -> int:
         """Id of a special token such as "<eos>". RecipeError if the tokenizer has none of that name."""
@@ -85,6 +89,10 @@ class TextTokenizer:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
 
+    def extends(self, file: Path) -> bool:
+        """Whether every entry of another tokenizer.json has the same id here."""
+        return read_table(file).get_vocab().items() <= self._tokenizer.get_vocab().items()
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the vocabulary, the merges and the settings: equal for tokenizers that give the same ids, wherever they lie."""
@@ -96,9 +104,9 @@ class TextTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": PAD,
-            "bos_token": BOS,
-            "eos_token": EOS,
+            "pad_token": self.config.written(PAD),
+            "bos_token": self.config.written(BOS),
+            "eos_token": self.config.written(EOS),
             "clean_up_tokenization_spaces": False,
             "mmgen": self.config.model_dump(mode="json"),
         }
@@ -118,11 +126,15 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     if "mmgen" not in settings:
         raise UsageError(f"{folder / 'tokenizer_config.json'}: no 'mmgen' section, so it was not written by pretrain-tokenizer")
     config = parse_part(TOKENIZERS, settings["mmgen"], f"{folder / 'tokenizer_config.json'}: mmgen")
+    return TextTokenizer(config, read_table(folder / "tokenizer.json"))
+
+
+def read_table(file: Path) -> Tokenizer:
+    """A tokenizer.json. DataError if it is damaged."""
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot parse
-        raise DataError(f"{folder / 'tokenizer.json'}: {error}") from None
-    return TextTokenizer(config, tokenizer)
+        raise DataError(f"{file}: {error}") from None
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -1,0 +1,76 @@
+"""A text tokenizer that came with a released model: its vocabulary as it is, so that the model's own words can be used.
+
+Read is tokenizer.json, the file of Hugging Face's `tokenizers`; which of its entries begin and end a text is said beside it, in
+tokenizer_config.json or config.json. Special tokens that a recipe asks for and the release lacks get ids behind its last one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from stages.errors import DataError, RecipeError, UsageError
+from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig, read_table
+
+ROLES = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token"}
+
+
+class ReleasedTokenizerConfig(TokenizerConfig):
+    """names: what the release calls <pad>, <bos> and <eos>. `vocab_size` is counted when it is read.
+
+    Decoding gives back what was encoded as far as the release does: those that normalise a text (NFC in Qwen2) or put a space before
+    it (SentencePiece in Llama 2) are exact but for that.
+    """
+
+    kind: Literal["hf"] = "hf"
+    vocab_size: int = 0
+    names: Mapping[str, str] = Field(default_factory=dict)
+
+    def written(self, token: str) -> str:
+        return self.names.get(token, token)
+
+    def train(self, texts: Iterable[str]) -> TextTokenizer:
+        raise RecipeError(
+            "a tokenizer of kind 'hf' is not trained", hint="--init tokenizers.NAME=hf://ORG/NAME, or a folder with tokenizer.json"
+        )
+
+    def adopt(self, source: Path) -> TextTokenizer:
+        """The tokenizer of a release (tokenizer.json, or the folder it is in) with this config's special tokens."""
+        folder = source if source.is_dir() else source.parent
+        if not (folder / "tokenizer.json").is_file():
+            raise UsageError(f"{source}: there is no tokenizer.json, the file of a released text tokenizer")
+        tokenizer = read_table(folder / "tokenizer.json")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        names = special_names(folder, tokenizer)
+        tokenizer.add_special_tokens([token for token in self.special if tokenizer.token_to_id(token) is None])
+        size = 1 + max(tokenizer.get_vocab().values())
+        return TextTokenizer(self.model_copy(update={"vocab_size": size, "names": names}), tokenizer)
+
+
+def special_names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """<bos>, <eos>, <pad> → what the release calls them. Where it has no beginning or padding, as GPT-2, that is the end of a text."""
+    settings, config = (_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    found: dict[str, str] = {}
+    for token, role in ROLES.items():
+        said = settings.get(role)
+        name = said.get("content") if isinstance(said, dict) else said
+        number = config.get(f"{role}_id")
+        if name is None and isinstance(number, int):
+            name = tokenizer.id_to_token(number)
+        if name is not None and tokenizer.token_to_id(name) is not None:
+            found[token] = name
+    if EOS not in found:
+        raise DataError(f"{folder}: neither tokenizer_config.json nor config.json says which token ends a text (eos_token)")
+    return {token: found.get(token, found[EOS]) for token in ROLES}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
