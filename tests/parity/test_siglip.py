@@ -77,7 +77,10 @@ def test_a_tower_is_found_inside_a_larger_checkpoint_and_nothing_may_be_missing(
     theirs = theirs_of("siglip")
     state = {f"model.vision_model.{name}": value for name, value in theirs.state_dict().items()}
     ours = ours_of(theirs)
-    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in ours.import_weights({**state, "lm_head.weight": torch.zeros(1)}).items())
+    assert all(
+        torch.equal(value, ours.state_dict()[name])
+        for name, value in ours.import_weights({**state, "lm_head.weight": torch.zeros(1)}).items()
+    )
     del state["model.vision_model.embeddings.patch_embedding.bias"]
     with pytest.raises(ValueError, match=r"lacks weights: embeddings\.patch_embedding\.bias"):
         ours.import_weights(state)
