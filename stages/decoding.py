@@ -194,6 +194,8 @@ class Session:
         channels = None if port.is_ids else self.model.content_dim(port)
         payload = torch.zeros(length, dtype=torch.int64) if channels is None else torch.zeros(length, channels)
         parts = self.planner.block(spec, payload, grid)
+        if port.markers.row and isinstance(sampler, AutoregressiveConfig):
+            return self._codes_row_by_row(spec.port, sampler, parts, active, commit=commit).reshape(self.b, *grid)
         core = next(part for part in parts if part.port == spec.port)
         before, after = parts[: parts.index(core)], parts[parts.index(core) + 1 :]
         joint = bool(before) and core.merge and core.mask != "causal"  # markers inside a block that sees itself whole
@@ -234,6 +236,22 @@ class Session:
                 codes.append(sampler.choose(logits, uniforms[:, place]))
                 self._step(name, codes[-1], column, on, None if places is None else places[place])
         return torch.stack(codes, dim=1)
+
+    def _codes_row_by_row(
+        self, name: str, sampler: AutoregressiveConfig, parts: Sequence[Segment], active: Sequence[bool], *, commit: bool
+    ) -> Tensor:
+        """Codes (b, n) of a picture whose rows are known to end where they end: their markers are given, only codes are drawn."""
+        last = max(place for place, part in enumerate(parts) if part.port == name)
+        rows: list[Tensor] = []
+        for part in parts if commit else parts[: last + 1]:
+            given = self.repeat([[part] if on else [] for on in active])
+            if part.port != name:
+                self.write(given)
+                continue
+            batch, moved = continue_rows(given, self.cursors)
+            rows.append(self._codes_in_order(name, sampler, batch.to(self.device), len(part), active))
+            self.cursors = moved
+        return torch.cat(rows, dim=1)
 
     def _codes_in_rounds(self, name: str, sampler: MaskedConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """Parallel decoding: each round sees the whole block over the cached prefix."""

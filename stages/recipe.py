@@ -75,11 +75,12 @@ class Paper(Strict):
 
 
 class Markers(Strict):
-    """Special tokens around a segment, by name in the tokenizer. `inside`: part of its attention block. `supervised`: predicted
-    wherever the segment is a target, which is how a model learns to switch modes by itself."""
+    """Special tokens around a segment, by name in the tokenizer; `row`: after each row of its grid. `inside`: part of its attention
+    block. `supervised`: predicted wherever the segment is a target, which is how a model learns to switch modes by itself."""
 
     before: str = ""
     after: str = ""
+    row: str = ""
     inside: bool = True
     supervised: bool = False
 
@@ -106,7 +107,7 @@ class Port(Strict):
     expert: str = ""
     timestep: Literal["none", "add"] = "none"
     markers: Markers = Markers()
-    null_condition: Literal["remove", "hold", "empty"] = "remove"
+    null_condition: Literal["remove", "hold", "empty", "pad"] = "remove"
     loss_weight: float = 1.0
 
     @property
@@ -448,6 +449,8 @@ def _check(recipe: Recipe) -> None:
             _known(port.expert, experts, f"{here}.expert")
         if port.grid_embedding != "none" and (port.content not in (Content.CODES, Content.LATENTS) or port.enters != "sequence"):
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
+        if port.markers.row:
+            _check_rows(here, port)
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         if (
@@ -494,6 +497,16 @@ def _check(recipe: Recipe) -> None:
     _check_guidance(recipe)
 
 
+def _check_rows(here: str, port: Port) -> None:
+    """A picture with a marker after each row is read and written row by row, left to right."""
+    if port.content != Content.CODES or port.mask != MaskKind.CAUSAL:
+        raise RecipeError(f"{here}.markers.row: only codes in a causal block end their rows with a token", hint='mask = "causal"')
+    if port.objective is not None and port.objective.kind != "next-token":
+        raise RecipeError(f"{here}.markers.row: does not go with the objective '{port.objective.kind}'", hint="next-token")
+    if port.positions != PositionKind.SEQUENTIAL or port.grid_embedding != "none":
+        raise RecipeError(f"{here}.markers.row: the markers say where a row ends; positions and grid_embedding must not say it again")
+
+
 def _check_task(recipe: Recipe, name: str, task: Task) -> None:
     previous: SegmentSpec | None = None
     probabilities: dict[str, float] = {}
@@ -507,6 +520,11 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
             raise RecipeError(f"{here}: a literal text needs a port with a tokenizer, '{segment.port}' has none")
         if segment.role == Role.TARGET and port.objective is None and port.enters == "sequence":
             raise RecipeError(f"{here}: '{segment.port}' is a target but ports.{segment.port} has no objective")
+        if segment.cond_dropout_prob and port.null_condition == "pad":
+            if port.content != Content.TOKEN_IDS:
+                raise RecipeError(f'ports.{segment.port}.null_condition: only token ids can be padded, not "{port.content}"')
+            if segment.role == Role.TARGET:
+                raise RecipeError(f"{here}: '{segment.port}' is a target, and <pad> in its place would be learned", hint='"empty"')
         mask = segment.mask or port.mask
         if previous is not None:
             before = previous.mask or recipe.ports[previous.port].mask

@@ -354,7 +354,7 @@ class Writer:
         context = self.planner.prompt_of([SegmentSpec(port=text, text="<bos>"), *given, SegmentSpec(port=text, field="prompt")], prompt)
         sampler = self.sampler(name)
         guide = sampler.guide({"prompt"})
-        capacity = FREE_PARTS * (self.sampler(text).max_tokens + prod(self.grid(picture)) + 2)
+        capacity = FREE_PARTS * (self.sampler(text).max_tokens + self.columns_of(picture))
         passes = [context, *([opening] * (len(guide.drops) - 1))]
         session = Session(self.model, self.planner, [Prompt(prompt.key, "free", passes)], guide, capacity, self.options.seed)
         words = SegmentSpec(port=text, field="prompt", role=Role.TARGET, drop_group="prompt")
@@ -399,8 +399,13 @@ class Writer:
             if port.content == Content.TOKEN_IDS:
                 columns += self.most_tokens(segment) if segment.role == Role.TARGET else 64
             else:
-                columns += prod(self.grid(segment)) + 2
+                columns += self.columns_of(segment)
         return columns + 2
+
+    def columns_of(self, picture: SegmentSpec) -> int:
+        """Tokens of a picture with its markers."""
+        grid = self.grid(picture)
+        return prod(grid) + 2 + (prod(grid[:-1]) if self.recipe.ports[picture.port].markers.row else 0)
 
     def grid(self, segment: SegmentSpec) -> tuple[int, ...]:
         """The shape of a picture's tokens, mostly rows and columns: what the model was trained on."""

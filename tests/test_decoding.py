@@ -227,6 +227,32 @@ def test_sampled_codes_come_from_the_ports_own_ids(config: SamplerConfig) -> Non
     assert len(codes.unique()) > 3
 
 
+BY_ROWS = lively(
+    mixed_recipe(
+        'ports.codes={content="codes", autoencoder="vq", vocabulary="all", expert="pictures", objective={kind="next-token"}, '
+        'mask="causal", positions="sequential", grid_embedding="none", markers={before="<soi>", row="<sot>", after="<eoi>"}}',
+        'sample.codes={sampler="autoregressive"}',
+        'tasks.answer.segments=[{port="codes", field="image"}, {port="text", text="{caption}<eot>", role="target"}]',
+    )
+)
+
+
+@pytest.mark.parametrize("active", [[True] * 3, [True, False, True]])
+def test_codes_written_row_by_row_are_the_argmax_of_full_passes(active: list[bool]) -> None:
+    """The markers between the rows are given; what is read of them when the next row begins is what training reads."""
+    given = contexts()
+    session = open_session(single(given), model=BY_ROWS)
+    codes = session.write_picture(CODES, AutoregressiveConfig(temperature=0.0), GRID, active, commit=True)
+    for row, (context, own, on) in enumerate(zip(given, codes, active, strict=True)):
+        picture = block(CODES, own.flatten(), BY_ROWS) if on else []
+        hidden = hidden_after([*context, *picture], BY_ROWS)
+        close(session.last[row], hidden[-1])
+        if on:
+            first = sum(map(len, context))  # <soi>; the rows begin one and five tokens later
+            read = [first, first + 1, first + 2, first + 4, first + 5, first + 6]
+            assert torch.equal(BY_ROWS.predict("codes", hidden[read]).argmax(dim=1), own.flatten())
+
+
 # going on after a picture
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_learns import UNIFIED, samples_for
+from test_learns import UNIFIED, first_phase_only, samples_for
 from worlds import make_world
 
 from stages.options import RunOptions
@@ -25,7 +25,8 @@ STEPS = 10
 @pytest.mark.parametrize("name", UNIFIED)
 def test_the_first_losses_are_those_on_record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY_SECONDS", 0.0)
-    recipe = load_recipe(name, size="tiny", sets=["phases.joint.batch_tokens=256", f"phases.joint.steps={STEPS}"])
+    recipe = load_recipe(name, size="tiny")
+    recipe = load_recipe(name, size="tiny", sets=first_phase_only(recipe, batch_tokens=256, steps=STEPS))
     world = make_world(tmp_path / "world", recipe, samples_for(recipe))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ answers letter by letter and the pictures: codes exactly, latents up to a small 
 block or a row read one place too late all train well and fail here.
 """
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -25,6 +26,7 @@ from stages.recipe import RECIPES, Recipe, load_recipe
 from stages.sample import sample
 from stages.sequence.pack import pack
 from stages.sequence.plan import Planner
+from stages.sequence.segment import Role
 from stages.train_unified import train_unified
 from stages.training.checkpoint import load_autoencoder, load_model
 from stages.travelling import load_travelling
@@ -50,6 +52,12 @@ def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
     return fields
 
 
+def painted(number: int) -> np.ndarray:
+    """A picture of coloured blocks (32, 32, 3); no two numbers give the same."""
+    rng = np.random.default_rng(number)
+    return np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+
+
 def samples_for(recipe: Recipe) -> list[Sample]:
     return [
         Sample(
@@ -57,7 +65,7 @@ def samples_for(recipe: Recipe) -> list[Sample]:
             {
                 "caption": caption,
                 "qa": [{"question": QUESTIONS[0], "answer": str(number)}, {"question": QUESTIONS[1], "answer": caption.split()[-1]}],
-                "image": np.full((8, 12, 3), 20 * number, np.uint8),  # the tasks ask for a picture; what they read is its codes or latents
+                "image": painted(number),  # most tasks read its codes or latents, which are of their own
                 **content_of(recipe, number),
             },
         )
@@ -76,6 +84,23 @@ def pictures_of(world: World, recipe: Recipe) -> list[np.ndarray]:
     return [to_pixels(picture) for picture in decoded]
 
 
+def first_phase_only(recipe: Recipe, **keys: object) -> list[str]:
+    """--set for a train-unified run of the recipe's first phase with these settings; later ones take no steps."""
+    first, *later = recipe.phases_for("train-unified")
+    if "batch_tokens" in keys and first.batch_size is not None:  # a recipe whose batches are counted in samples
+        keys["batch_size"] = 2 * len(CAPTIONS)
+        del keys["batch_tokens"]
+    return [f"phases.{first.name}.{key}={json.dumps(value)}" for key, value in keys.items()] + [f"phases.{p.name}.steps=0" for p in later]
+
+
+def last_written(recipe: Recipe) -> set[str]:
+    """The fields that the recipe's tasks are asked for."""
+    targets = [
+        [segment.fields for segment in task.flat() if segment.role == Role.TARGET and segment.fields] for task in recipe.tasks.values()
+    ]
+    return {fields[-1][-1] for fields in targets if fields}
+
+
 def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
     return [(own, expected) for own, expected in zip(written, truth, strict=True) if own != expected]
 
@@ -84,11 +109,10 @@ def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in UNIFIED])
 def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, size="tiny")
-    (phase,) = recipe.phases_for("train-unified")
     drawn = next(port for port in recipe.ports.values() if port.autoencoder)
     continuous = recipe.autoencoders[drawn.autoencoder].codebook_size is None
     steps = 2000 if continuous else 300
-    sets = [f"phases.{phase.name}.{key}" for key in (f"steps={steps}", "batch_tokens=512", 'lr_schedule="cosine"')]
+    sets = first_phase_only(recipe, steps=steps, batch_tokens=512, lr_schedule="cosine")
     recipe = load_recipe(name, size="tiny", sets=sets)
     world = make_world(tmp_path / "world", recipe, samples_for(recipe))
     options = RunOptions(quiet=True, dtype="fp32", seed=1)
@@ -96,10 +120,15 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     written = list(open_shards(str(sample(run, str(world.shards), tmp_path / "samples", options))))
 
     assert [entry.key for entry in written] == [entry.key for entry in world.samples]
-    assert not mistakes([entry.fields["sample.caption"] for entry in written], CAPTIONS)
-    answers = [record["answer"] for entry in written for record in entry.fields["sample.qa"]]
-    truths = [record["answer"] for entry in world.samples for record in entry.fields["qa"]]
-    assert not mistakes(answers, truths)
+    told = last_written(recipe)  # some systems only draw
+    assert told <= {"caption", "answer", "image"}
+    if "caption" in told:
+        assert not mistakes([entry.fields["sample.caption"] for entry in written], CAPTIONS)
+    if "answer" in told:
+        answers = [record["answer"] for entry in written for record in entry.fields["sample.qa"]]
+        truths = [record["answer"] for entry in world.samples for record in entry.fields["qa"]]
+        assert not mistakes(answers, truths)
+    assert "image" in told
 
     truth = pictures_of(world, recipe)
     pictures = [entry.fields["sample.image"] for entry in written]
@@ -110,12 +139,6 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     else:
         assert apart < 40  # pictures of different codes do look different
         assert all(np.array_equal(own, expected) for own, expected in zip(pictures, truth, strict=True))
-
-
-def painted(number: int) -> np.ndarray:
-    """A picture of coloured blocks (32, 32, 3); no two numbers give the same."""
-    rng = np.random.default_rng(number)
-    return np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
 
 
 TOKENIZERS = sorted(path.stem for path in (RECIPES / "tokenizers").glob("*.toml"))

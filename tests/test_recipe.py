@@ -245,6 +245,18 @@ BROKEN = {
         r"ports\.text\.head: an objective needs a head",
         "",
     ),
+    "rows of codes that are not read in order": (
+        'markers = { before = "<soi>", after = "<eoi>" }',
+        'markers = { before = "<soi>", row = "<sot>", after = "<eoi>" }',
+        r"ports\.codes\.markers\.row: only codes in a causal block end their rows with a token",
+        'mask = "causal"',
+    ),
+    "a target that is padded": (
+        'objective = { kind = "next-token" }\n',
+        'objective = { kind = "next-token" }\nnull_condition = "pad"\n',
+        r"tasks\.paint\.segments: 'text' is a target, and <pad> in its place would be learned",
+        "empty",
+    ),
     "a field and a text": (
         'text = "<bos>" }',
         'text = "<bos>", field = "caption" }',

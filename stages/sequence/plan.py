@@ -20,6 +20,7 @@ from stages.data.sample import Sample
 from stages.errors import DataError
 from stages.parts.layers import patchify
 from stages.parts.tokenizers import TextTokenizer
+from stages.parts.tokenizers.text import PAD
 from stages.parts.views.square import to_tensor
 from stages.recipe import EachSpec, Port, Recipe, SegmentSpec, Task, backbone_of
 from stages.sequence.positions import positions_of
@@ -167,11 +168,13 @@ class Planner:
         """The segment with its markers, or nothing where it is dropped without a trace."""
         port = self.recipe.ports[spec.port]
         out = bool(spec.cond_dropout_prob) and spec.group in dropped
-        if out and not (port.null_condition == "empty" and port.content == Content.TOKEN_IDS):
+        if out and not (port.null_condition in ("empty", "pad") and port.content == Content.TOKEN_IDS):
             return []
-        payload, grid = self._payload(spec, port, values, sample, empty=out)
+        payload, grid = self._payload(spec, port, values, sample, empty=out and port.null_condition == "empty")
         if not len(payload):
             return []
+        if out and port.null_condition == "pad":  # as many tokens at the same places, which say nothing (Janus)
+            payload = torch.full_like(payload, self.tokenizers[port.tokenizer].special_id(PAD))
         return self._wrap(spec, port, payload, grid)
 
     def _ticks(self, spec: SegmentSpec, values: Mapping[str, Any], dropped: set[str], sample: Sample) -> int:
@@ -206,7 +209,9 @@ class Planner:
         before, after = self.marker(port, spec, "before"), self.marker(port, spec, "after")
         if before is not None:
             segment = replace(segment, merge=port.markers.inside)
-        return [part for part in (before, segment, after) if part is not None]
+        end_of_row = self.marker(port, spec, "row")
+        rows = [segment] if end_of_row is None else with_ends(segment, end_of_row)
+        return [part for part in (before, *rows, after) if part is not None]
 
     def literal(self, spec: SegmentSpec) -> list[Segment]:
         """A segment whose text holds no field."""
@@ -336,6 +341,14 @@ class Planner:
     def at_epoch(self, epoch: int) -> None:
         """List fields give one entry an epoch, each in its turn, beginning where the sample's key says."""
         self._turn = epoch
+
+
+def with_ends(picture: Segment, end: Segment) -> list[Segment]:
+    """A picture's codes row by row, each row with the marker of its end."""
+    width = picture.grid[-1]
+    rows = [replace(picture, payload=row, grid=(width,), merge=end.merge) for row in picture.payload.split(width)]
+    rows[0] = replace(rows[0], merge=picture.merge)
+    return [part for row in rows for part in (row, end)]
 
 
 def opened(segments: list[Segment], rest: list[SegmentSpec]) -> list[Segment]:

@@ -144,6 +144,42 @@ def test_each_axis_turns_its_own_channels() -> None:
         assert {place % 4 for place in turned} == pairs
 
 
+TWO_AXES = {"kind": "rope", "axes": (0, 4, 4), "rates": "of-its-own"}
+
+
+def test_two_axes_with_rates_of_their_own_are_llamagens_table() -> None:
+    """Its definition: of the pairs of a head the first half turns with the row, the second with the column, each at base^(-2i / half)."""
+    grid = (3, 4)
+    x = noise(12, 1, 8, seed=4)
+    row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"))
+    rates = 10000.0 ** (-torch.arange(0, 4, 2) / 4)
+    angle = torch.cat([row[:, None] * rates, column[:, None] * rates], dim=1)  # (12, 4), one for each pair
+    pairs = torch.stack([x[..., :4], x[..., 4:]], dim=-1)  # our channel i turns with i + 4
+    expected = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones(12, 1, 4), angle[:, None]))
+    layout = lay_out([Segment(port="codes", payload=torch.zeros(12, dtype=torch.int64), grid=grid, positions=PositionKind.GRID)])
+    cos, sin = build(rope=TWO_AXES)._rotation(layout.positions, torch.float32)
+    torch.testing.assert_close(rotate(x, cos[0], sin[0]), torch.cat([expected[..., 0], expected[..., 1]], dim=-1))
+
+
+def test_with_rates_of_their_own_moving_a_picture_by_rows_or_columns_changes_nothing_within_it() -> None:
+    network = build(rope=TWO_AXES)
+    layout = lay_out([Segment(port="codes", payload=torch.zeros(6, dtype=torch.int64), grid=(2, 3), positions=PositionKind.GRID)])
+    moved = lay_out([Segment(port="codes", payload=torch.zeros(6, dtype=torch.int64), grid=(2, 3), positions=PositionKind.GRID)])
+    moved.positions += torch.tensor([0, 5, 11])
+    x = noise(1, 6, 24)
+    torch.testing.assert_close(network(x, layout), network(x, moved), atol=1e-4, rtol=1e-4)
+    tall = lay_out([Segment(port="codes", payload=torch.zeros(6, dtype=torch.int64), grid=(3, 2), positions=PositionKind.GRID)])
+    assert float((network(x, layout) - network(x, tall)).abs().max()) > 1e-2
+
+
+def test_a_picture_of_one_row_is_a_line_of_text() -> None:
+    """All channels given to columns: one row of codes turns as a one-axis network turns as many tokens."""
+    picture = lay_out([Segment(port="codes", payload=torch.zeros(6, dtype=torch.int64), grid=(1, 6), positions=PositionKind.GRID)])
+    x = noise(1, 6, 24)
+    columns = build(rope={"kind": "rope", "axes": (0, 0, 8), "rates": "of-its-own"})
+    torch.testing.assert_close(columns(x, picture), build()(x, lay_out([text(6)])), atol=1e-6, rtol=1e-6)
+
+
 def test_rotation_keeps_lengths_and_turns_products_into_functions_of_the_difference() -> None:
     network = build()
     q, k = noise(1, 1, 1, 8, seed=1), noise(1, 1, 1, 8, seed=2)

@@ -121,6 +121,26 @@ def test_a_merged_picture_merges_its_first_marker_into_the_block_before() -> Non
 # list fields
 
 
+ROWS = (
+    'ports.codes={content="codes", autoencoder="vq", vocabulary="all", expert="pictures", objective={kind="next-token"}, mask="causal", '
+    'positions="sequential", grid_embedding="none", markers={before="<soi>", row="<sot>", after="<eoi>", supervised=true}}',
+    'sample.codes={sampler="autoregressive"}',
+    'tasks.answer.segments=[{port="codes", field="image"}, {port="text", text="{caption}<eot>", role="target"}]',
+)
+
+
+def test_each_row_of_a_picture_may_end_with_a_marker() -> None:
+    """Emu3: the rows' own codes in raster order, one attention block, and the markers judged like words."""
+    sequence = plan(recipe_with('[{port="text", text="<t2i>"}, {port="codes", field="image", role="target"}]', *ROWS))
+    assert told(sequence.segments) == ["<t2i>", "<soi>", "codes 3", "<sot>", "codes 3", "<sot>", "<eoi>"]
+    codes = torch.cat([segment.payload for segment in sequence.segments if segment.port == "codes"])
+    assert codes.tolist() == sample_of(1).fields["image.codes"].flatten().tolist()
+    assert all(segment.role == Role.TARGET for segment in sequence.segments[1:])
+    layout = lay_out(sequence.segments)
+    assert layout.block_id[0].tolist() == [0] + [1] * 10
+    assert layout.positions[0, :, 0].tolist() == list(range(11))
+
+
 def test_a_list_of_texts_gives_one_entry_an_epoch_each_in_turn() -> None:
     recipe = recipe_with('[{port="text", text="<sot>"}, {port="text", field="captions", role="target"}]')
     planner = planner_of(recipe)
@@ -232,6 +252,19 @@ def test_emptied_conditions_keep_their_template_without_the_field() -> None:
         'ports.text.null_condition="empty"',
     )
     assert told(plan(recipe).segments)[0] == "<t2i><sot><eot>"
+
+
+def test_padded_conditions_say_nothing_in_as_many_tokens() -> None:
+    """Janus: the unconditional rows of guidance see <pad> where the caption stood, and the picture stays at its place."""
+    draw = '[{port="text", text="<t2i>"}, {port="text", text="{caption}<eot>", %s}, {port="codes", field="image", role="target"}]'
+    sets = (
+        'ports.text.null_condition="pad"',
+        'tasks.paint.segments=[{port="text", text="<bos>"}, {port="latents", field="image", role="target"}]',
+    )
+    kept, padded = (plan(recipe_with(draw % keys, *sets)) for keys in ("cond_dropout_prob=0.0", DROP))
+    n = len(kept.segments[1])
+    assert told(padded.segments) == ["<t2i>", "<pad>" * n, *told(kept.segments)[2:]]
+    assert torch.equal(lay_out(padded.segments).positions, lay_out(kept.segments).positions)
 
 
 def test_conditions_are_dropped_about_as_often_as_the_recipe_says_and_by_group() -> None:

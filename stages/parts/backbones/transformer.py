@@ -53,12 +53,16 @@ class RopeScalingConfig(PartConfig):
 
 
 class RopeConfig(PartConfig):
-    """Rotary positions (RoFormer, arXiv:2104.09864). `axes` gives the head's channels to (t, h, w); without it all turn with t."""
+    """Rotary positions (RoFormer, arXiv:2104.09864). `axes` gives the head's channels to (t, h, w); without it all turn with t.
+
+    rates: one falling row of them, cut between the axes (Qwen2-VL, arXiv:2409.12191), or for each axis a whole row "of-its-own"
+    (two-dimensional RoPE: LlamaGen, arXiv:2406.06525; EVA-02)."""
 
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
     axes: tuple[int, int, int] | None = None
     scaling: RopeScalingConfig | None = None
+    rates: Literal["cut", "of-its-own"] = "cut"
 
 
 class NormConfig(PartConfig):
@@ -399,6 +403,10 @@ class Transformer(nn.Module):
             angle = positions[..., :1].float() * rate
         else:
             axis = torch.repeat_interleave(torch.arange(3, device=positions.device), torch.tensor(rope.axes, device=positions.device) // 2)
+            if rope.rates == "of-its-own":
+                rate = torch.cat(
+                    [rope.theta ** (-2 * torch.arange(size // 2, device=positions.device) / max(size, 1)) for size in rope.axes]
+                )
             angle = positions.float().index_select(2, axis) * rate
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([cos, cos], dim=-1).unsqueeze(2).to(dtype), torch.cat([-sin, sin], dim=-1).unsqueeze(2).to(dtype)

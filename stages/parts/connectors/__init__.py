@@ -1,14 +1,15 @@
 """Connectors: a port's content → rows of the backbone's width. One row of the dict per kind."""
 
-from stages.parts.connectors.embedding import Embedding, EmbeddingConfig
+from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
 
-ConnectorConfig = EmbeddingConfig | LinearConfig | MLPConfig
+ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig
 
-CONNECTORS: dict[str, type[EmbeddingConfig] | type[LinearConfig] | type[MLPConfig]] = {
+CONNECTORS: dict[str, type[EmbeddingConfig] | type[EmbeddingMLPConfig] | type[LinearConfig] | type[MLPConfig]] = {
     "embedding": EmbeddingConfig,
+    "embedding-mlp": EmbeddingMLPConfig,
     "linear": LinearConfig,
     "mlp": MLPConfig,
 }
 
-__all__ = ["CONNECTORS", "ConnectorConfig", "Embedding", "EmbeddingConfig", "LinearConfig", "MLPConfig"]
+__all__ = ["CONNECTORS", "ConnectorConfig", "Embedding", "EmbeddingConfig", "EmbeddingMLPConfig", "LinearConfig", "MLPConfig"]

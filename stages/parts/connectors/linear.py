@@ -42,7 +42,7 @@ class Projection(nn.Module):
         for layer in self.layers:
             init_linear(layer, generator)
 
-    def forward(self, values: Tensor, grids: list[tuple[int, ...]]) -> Tensor:
+    def forward(self, values: Tensor, grids: list[tuple[int, ...]] | None = None) -> Tensor:
         for place, layer in enumerate(self.layers):
             values = layer(nn.functional.gelu(values) if place else values)
         return values

@@ -12,7 +12,8 @@ Shapes: b batch · H W pixels · h w patches · l tokens · d width.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -23,7 +24,12 @@ from torch import Generator, Tensor, nn
 from stages.parts.config import PartConfig
 from stages.parts.layers import LayerNorm, init_linear
 
-Activation = Literal["quick-gelu", "gelu"]
+Activation = Literal["quick-gelu", "gelu", "gelu-tanh"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+}
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], as the released weights were trained with
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,12 +42,15 @@ class Features(NamedTuple):
     pooled: Tensor
 
 
-class _TowerConfig(PartConfig):
+class TowerConfig(PartConfig):
+    """Sizes of a tower of pre-norm blocks, and which of its states is read."""
+
     width: int = Field(ge=1)
     depth: int = Field(ge=1)
     heads: int = Field(ge=1)
     mlp_ratio: float = 4.0
     activation: Activation = "quick-gelu"
+    eps: float = 1e-5  # of its norms
     layer: int = -1
     projection: int | None = Field(default=None, ge=1)
 
@@ -63,18 +72,23 @@ class _TowerConfig(PartConfig):
         return self.projection or self.width
 
 
-class ClipVitConfig(_TowerConfig):
-    """CLIP's vision tower. `cls = "drop"` leaves the class token out of `tokens`; the pooled output has it in any case."""
+class PatchTowerConfig(TowerConfig):
+    """A tower over the patches of a picture."""
 
-    kind: Literal["clip-vit"] = "clip-vit"
     patch_size: int = Field(ge=1)
-    cls: Literal["keep", "drop"] = "keep"
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of height × width pixels."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"a picture of {height} × {width} pixels does not divide into patches of {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
+
+
+class ClipVitConfig(PatchTowerConfig):
+    """CLIP's vision tower. `cls = "drop"` leaves the class token out of `tokens`; the pooled output has it in any case."""
+
+    kind: Literal["clip-vit"] = "clip-vit"
+    cls: Literal["keep", "drop"] = "keep"
 
     def num_tokens(self, height: int, width: int) -> int:
         """Length of `tokens` for a picture of height × width pixels."""
@@ -86,7 +100,7 @@ class ClipVitConfig(_TowerConfig):
         return ClipVit(self, (image_size, image_size) if isinstance(image_size, int) else image_size)
 
 
-class ClipTextConfig(_TowerConfig):
+class ClipTextConfig(TowerConfig):
     """CLIP's text tower, for texts of up to `max_length` token ids."""
 
     kind: Literal["clip-text"] = "clip-text"
@@ -99,11 +113,11 @@ class ClipTextConfig(_TowerConfig):
 class ClipBlock(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, config: _TowerConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         width, hidden = config.width, round(config.width * config.mlp_ratio)
         self.heads, self.activation = config.heads, config.activation
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.norm1, self.norm2 = LayerNorm(width, config.eps), LayerNorm(width, config.eps)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
@@ -122,9 +136,7 @@ class ClipBlock(nn.Module):
         query, key, value = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
-        hidden = self.up(self.norm2(x))
-        hidden = F.gelu(hidden) if self.activation == "gelu" else hidden * torch.sigmoid(1.702 * hidden)
-        return x + self.down(hidden)
+        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
 
 
 class ClipVit(nn.Module):
@@ -137,7 +149,7 @@ class ClipVit(nn.Module):
         self.patch = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.positions = nn.Parameter(torch.empty(1 + math.prod(self.trained_grid), config.width))
-        self.norm_in, self.norm_out = LayerNorm(config.width), LayerNorm(config.width)
+        self.norm_in, self.norm_out = LayerNorm(config.width, config.eps), LayerNorm(config.width, config.eps)
         self.blocks = nn.ModuleList(ClipBlock(config) for _ in range(config.depth))
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
@@ -187,7 +199,7 @@ class ClipText(nn.Module):
         self.config, self.out_dim, self.pooled_dim = config, config.width, config.pooled_dim
         self.embedding = nn.Parameter(torch.empty(vocab_size, config.width))
         self.positions = nn.Parameter(torch.empty(config.max_length, config.width))
-        self.norm_out = LayerNorm(config.width)
+        self.norm_out = LayerNorm(config.width, config.eps)
         self.blocks = nn.ModuleList(ClipBlock(config) for _ in range(config.depth))
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
@@ -221,12 +233,13 @@ class ClipText(nn.Module):
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Learned positions (1 + h·w, d) for another grid, bicubic; the class token's row stays. The same table if the grids are equal."""
+    """Learned positions (h·w, d) for another grid, bicubic; a class token's row before them stays. The same table if the grids are equal."""
     if grid == new_grid:
         return positions
-    patches = positions[1:].T.reshape(1, -1, *grid)
+    class_rows = len(positions) - math.prod(grid)
+    patches = positions[class_rows:].T.reshape(1, -1, *grid)
     resized = F.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False).to(positions.dtype)
-    return torch.cat([positions[:1], resized.flatten(2).squeeze(0).T])
+    return torch.cat([positions[:class_rows], resized.flatten(2).squeeze(0).T])
 
 
 def _init_tower(tower: ClipVit | ClipText, generator: Generator) -> None:
@@ -241,7 +254,7 @@ def _init_tower(tower: ClipVit | ClipText, generator: Generator) -> None:
 
 
 # Our name → the public names whose tensors, joined along their first axis, make it. "{i}" is the number of a block.
-_BLOCK_HF: dict[str, tuple[str, ...]] = {
+BLOCK_HF: dict[str, tuple[str, ...]] = {
     f"blocks.{{i}}.{ours}.{tensor}": tuple(f"encoder.layers.{{i}}.{name}.{tensor}" for name in theirs)
     for tensor in ("weight", "bias")
     for ours, theirs in {
@@ -262,7 +275,7 @@ CLIP_VISION_HF: dict[str, tuple[str, ...]] = {
     "norm_in.bias": ("pre_layrnorm.bias",),
     "norm_out.weight": ("post_layernorm.weight",),
     "norm_out.bias": ("post_layernorm.bias",),
-    **_BLOCK_HF,
+    **BLOCK_HF,
 }
 
 CLIP_TEXT_HF: dict[str, tuple[str, ...]] = {
@@ -270,7 +283,7 @@ CLIP_TEXT_HF: dict[str, tuple[str, ...]] = {
     "positions": ("embeddings.position_embedding.weight",),
     "norm_out.weight": ("final_layer_norm.weight",),
     "norm_out.bias": ("final_layer_norm.bias",),
-    **_BLOCK_HF,
+    **BLOCK_HF,
 }
 
 
@@ -287,10 +300,15 @@ def _rename(
         table, theirs = {**table, "projection.weight": (projection,)}, {**theirs, projection: state[projection]}
     elif tower.projection is not None:
         raise ValueError(f"the checkpoint has no '{projection}', which `projection = {tower.config.projection}` asks for")
+    return joined(theirs, table, len(tower.blocks))
+
+
+def joined(theirs: Mapping[str, Tensor], table: Mapping[str, tuple[str, ...]], depth: int) -> dict[str, Tensor]:
+    """Weights by our names, from public ones. ValueError lists names that are missing or that have no place here."""
     layout = {
         ours.format(i=i): tuple(name.format(i=i) for name in names)
         for ours, names in table.items()
-        for i in (range(len(tower.blocks)) if "{i}" in ours else [0])
+        for i in (range(depth) if "{i}" in ours else [0])
     }
     wanted = {name for names in layout.values() for name in names}
     if missing := sorted(wanted - theirs.keys()):

@@ -1,9 +1,10 @@
 """Heads: hidden rows → predictions of one port. One row of the dict per kind."""
 
 from stages.parts.heads.linear import LinearHeadConfig
+from stages.parts.heads.mlp import MLPHeadConfig
 
-HeadConfig = LinearHeadConfig
+HeadConfig = LinearHeadConfig | MLPHeadConfig
 
-HEADS: dict[str, type[LinearHeadConfig]] = {"linear": LinearHeadConfig}
+HEADS: dict[str, type[LinearHeadConfig] | type[MLPHeadConfig]] = {"linear": LinearHeadConfig, "mlp": MLPHeadConfig}
 
-__all__ = ["HEADS", "HeadConfig", "LinearHeadConfig"]
+__all__ = ["HEADS", "HeadConfig", "LinearHeadConfig", "MLPHeadConfig"]

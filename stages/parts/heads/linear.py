@@ -19,8 +19,8 @@ class LinearHeadConfig(PartConfig):
     bias: bool = False
 
     def build(self, in_dim: int, out_dim: int, tied_to: nn.Module | None = None) -> "LinearHead":
-        if self.tied and tied_to is None:
-            raise ValueError("a tied head needs an embedding to be tied to")
+        if self.tied and not hasattr(tied_to, "weight"):
+            raise ValueError("a tied head needs an embedding of the network's width to be tied to")
         return LinearHead(in_dim, out_dim, bias=self.bias, zero=self.zero, tied_to=tied_to if self.tied else None)
 
 
