@@ -39,6 +39,7 @@ from stages.recipe import Recipe
 from stages.sequence.segment import Content
 from stages.training.checkpoint import checkpoint_input, init_part, is_unfinished
 
+FAMILIES = ("autoencoders", "backbones")  # of parts whose released weights are read
 INSIDE = ("ema", "model", "state_dict")  # where a .pt keeps its weights, the averaged ones before the others
 USUAL = ("diffusion_pytorch_model", "model")  # of several files in one folder
 NEVER_SCALED = 0.18215  # what AutoencoderKL of diffusers takes where a config.json, as those of 2022, does not say it
@@ -101,8 +102,9 @@ def open_starts(init: Mapping[str, str]) -> list[Start]:
     for address, spec in init.items():
         text, _, inside = spec.partition("#")
         path = resolve(text)
-        ours = (path / "recipe.toml").is_file() or is_unfinished(path)
-        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, address.split(".")[0])))
+        family = address.split(".")[0]
+        ours = family not in FAMILIES or (path / "recipe.toml").is_file() or is_unfinished(path)
+        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, family)))
     return starts
 
 
@@ -184,7 +186,7 @@ def fill_network(model: Model, start: Start, released: Released, text: Mapping[s
     embedding, head = language.vocabulary_of(released.tensors, released.config)
     tied = [
         owner
-        for owner in {model.slices[port].owner for port in text_ports(model, name)}
+        for owner in sorted({model.slices[port].owner for port in text_ports(model, name)})
         if getattr(model.recipe.ports[owner].head, "tied", False) and head is not embedding
     ]
     if unlike or tied:
@@ -234,7 +236,7 @@ def own_words(
     else:
         same = piece.size == rows
     if not same:
-        return {}, f"ports.{port} does not: its {piece.size:,} entries are not the {rows:,} of the release"
+        return {}, f"ports.{port} starts anew: its {piece.size:,} entries are not the {rows:,} of the release"
     count, state = min(piece.size, rows), model.state_dict()
     filled: dict[str, Tensor] = {}
     for module, table in zip(("connector", "head"), tables, strict=True):

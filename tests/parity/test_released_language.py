@@ -234,6 +234,12 @@ def test_an_autoencoder_is_no_language_model(tmp_path: Path) -> None:
         open_starts({"backbones.lm": str(tmp_path)})
 
 
+def test_other_parts_start_from_checkpoints_alone(tmp_path: Path) -> None:
+    source = release(tmp_path, randomised(llama()))
+    with pytest.raises(UsageError, match=r"not a checkpoint, there is no recipe\.toml"):
+        filled(recipe_from(ANY), source, "ports.text")
+
+
 # where it goes
 
 
