@@ -130,7 +130,7 @@ RESTS_ON = {
     "stages.parts.backbones.transformer": WATCHED,  # every model may hold one
     "stages.parts.objectives.denoise": {"transfusion"},
     "stages.parts.encoders.clip": {"llava"},
-    "stages.parts.quantizers.vq": {"show-o", "vqgan", "transfusion", "kl-autoencoder"},  # kl-cnn is built of cnn's blocks
+    "stages.parts.quantizers.vq": WATCHED,  # --init reads released autoencoders, which are built of cnn's blocks
     "stages.parts.losses.discriminator": {"vqgan", "kl-autoencoder"},
     "stages.align": {"llava"},
     "stages.data.shards": set(),  # moves samples, computes nothing

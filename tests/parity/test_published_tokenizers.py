@@ -691,4 +691,6 @@ def test_training_goes_on_from_the_release(shards: Path, tmp_path: Path) -> None
     change = (found["autoencoders.vq.quantizer.codebook"] - theirs.codebook()).abs().max()
     assert 0 < change < 1e-4
     with pytest.raises(UsageError, match="has no autoencoder"):
-        pretrain_tokenizer(load_recipe("text-bpe", size="tiny"), str(shards), tmp_path / "words", QUIET, init={"tokenizers.bpe": str(path)})
+        pretrain_tokenizer(
+            load_recipe("text-bpe", size="tiny"), str(shards), tmp_path / "words", QUIET, init={"autoencoders.vq": str(path)}
+        )
