@@ -108,6 +108,7 @@ def pictures() -> Tensor:
     return torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.mark.rung("agrees", "kl-autoencoder")
 @torch.no_grad()
 def test_kl_cnn_is_diffusers_autoencoder_kl() -> None:
     from diffusers import AutoencoderKL
@@ -125,6 +126,7 @@ def test_kl_cnn_is_diffusers_autoencoder_kl() -> None:
     torch.testing.assert_close(kl * 3 * 16 * 24, posterior.kl().mean(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.rung("agrees", "vqgan")
 @torch.no_grad()
 def test_cnn_is_diffusers_vq_model() -> None:
     from diffusers import VQModel
@@ -145,6 +147,7 @@ def test_cnn_is_diffusers_vq_model() -> None:
     torch.testing.assert_close(ours.encode(pictures()), theirs.post_quant_conv(quantized), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.rung("agrees", "kl-autoencoder-16")
 def test_kl_cnn_without_pointwise_convolutions_is_diffusers_autoencoder_kl() -> None:
     """As in Stable Diffusion 3, whose latents are shifted too."""
     from diffusers import AutoencoderKL

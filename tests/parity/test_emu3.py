@@ -20,7 +20,6 @@ CODES = 64
 SAMPLE = Sample("a", {"caption": CAPTIONS[0], "image.codes": np.random.default_rng(1).integers(0, CODES, (2, 3))})
 
 
-@pytest.mark.rung("agrees", "emu3")
 def test_logits_over_words_and_codes_and_the_weighted_loss_agree() -> None:
     recipe = load_recipe("emu3", size="tiny", sets=[f"tokenizers.bpe.vocab_size={TOKENIZER.vocab_size}"])
     lm = recipe.backbones["lm"]

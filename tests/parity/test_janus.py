@@ -126,7 +126,6 @@ def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4 * scale, rtol=1e-3)
 
 
-@pytest.mark.rung("agrees", "janus")
 @torch.no_grad()
 def test_words_after_a_picture_agree() -> None:
     theirs, ours, _ = pair()
@@ -134,7 +133,6 @@ def test_words_after_a_picture_agree() -> None:
     close(ours.predict("text", ours.hidden(batch)[0]), theirs(input_ids=ids, pixel_values=picture).logits[0])
 
 
-@pytest.mark.rung("agrees", "janus")
 def test_gradients_reach_the_tower_as_theirs_do() -> None:
     theirs, ours, _ = pair()
     batch, ids, picture, labels = reading()
@@ -152,7 +150,6 @@ def test_gradients_reach_the_tower_as_theirs_do() -> None:
         close(tower.get_parameter(name).grad, gradient, scale=max(1.0, float(gradient.abs().max())))
 
 
-@pytest.mark.rung("agrees", "janus")
 @torch.no_grad()
 def test_codes_after_a_caption_agree() -> None:
     theirs, ours, planner = pair()
@@ -168,7 +165,6 @@ def test_codes_after_a_caption_agree() -> None:
     close(ours.predict("draw", hidden), theirs.model.generation_head(expected))
 
 
-@pytest.mark.rung("agrees", "janus")
 @torch.no_grad()
 def test_a_picture_written_under_guidance_is_the_same_picture() -> None:
     """Greedily, at scale 5: their unconditional rows see <pad> in the caption's places, as ours do."""

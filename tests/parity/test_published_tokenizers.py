@@ -358,6 +358,7 @@ def their_kl(sizes: dict[str, Any], **more: Any) -> Any:
     return randomised(AutoencoderKL(**diffusers_keys(sizes), use_quant_conv=pointwise, use_post_quant_conv=pointwise, **more))
 
 
+@pytest.mark.rung("agrees", "kl-autoencoder", "kl-autoencoder-16")
 @pytest.mark.parametrize(("pointwise", "shift"), [(True, None), (False, 0.0609)])
 @torch.no_grad()
 def test_diffusers_autoencoder_kl(tmp_path: Path, pointwise: bool, shift: float | None) -> None:
@@ -389,6 +390,7 @@ def test_diffusers_attention_before_2023(tmp_path: Path) -> None:
     assert read_released(tmp_path).scale_and_shift == (0.18215, 0.0)
 
 
+@pytest.mark.rung("agrees", "vqgan")
 @torch.no_grad()
 def test_diffusers_vq_model(tmp_path: Path) -> None:
     from diffusers import VQModel

@@ -109,6 +109,7 @@ def logits(model: Model, ids: Tensor) -> Tensor:
         return model.predict("text", model.hidden(batch_of(ids)).flatten(0, 1)).unflatten(0, ids.shape)
 
 
+@pytest.mark.rung("agrees", "lm")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_message_says_the_recipe_and_then_the_logits_agree(name: str, tmp_path: Path) -> None:
     theirs = randomised(FAMILIES[name]())
@@ -120,6 +121,7 @@ def test_one_message_says_the_recipe_and_then_the_logits_agree(name: str, tmp_pa
             torch.testing.assert_close(logits(ours, ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.rung("agrees", "lm")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_with_the_cache_writes_what_theirs_does(name: str, tmp_path: Path) -> None:
     theirs = randomised(FAMILIES[name]())
