@@ -24,7 +24,7 @@ from stages.sequence.plan import Planner
 
 transformers = pytest.importorskip("transformers")
 
-TOKENIZER = text_tokenizer(("<boi>", "<eoi>"))
+TOKENIZER = text_tokenizer(("<soi>", "<eoi>"))
 WIDTH, CODES, GRID = 64, 64, (2, 3)
 PLACEHOLDER = TOKENIZER.vocab_size - 1  # their id for "a feature stands here"; the texts below do not use it
 SAMPLE = Sample(
@@ -176,7 +176,7 @@ def test_a_picture_written_under_guidance_is_the_same_picture() -> None:
     spec = planner.prompt(given, "draw")[1][0]
     session = Session(ours, planner, [Prompt("a", "", passes)], guide, 16, 0)
     codes = session.write_picture(spec, sampler, GRID, [True], commit=False)
-    boi = TOKENIZER.special_id("<boi>")
+    boi = TOKENIZER.special_id("<soi>")
     ids = torch.cat([*(segment.payload for segment in passes[0]), torch.tensor([boi])])[None]
     theirs.generation_config.generation_kwargs = {"boi_token_id": boi}
     written = theirs.generate(
