@@ -15,7 +15,7 @@ from stages.sequence.plan import Planner
 
 transformers = pytest.importorskip("transformers")
 
-TOKENIZER = text_tokenizer(("<soi>", "<eol>", "<eoi>"))
+TOKENIZER = text_tokenizer(("<soi>", "<eot>", "<eoi>"))
 CODES = 64
 SAMPLE = Sample("a", {"caption": CAPTIONS[0], "image.codes": np.random.default_rng(1).integers(0, CODES, (2, 3))})
 
@@ -59,7 +59,7 @@ def test_logits_over_words_and_codes_and_the_weighted_loss_agree() -> None:
 
     sequence = Planner(recipe, {"bpe": TOKENIZER}).plan(SAMPLE, "draw", None)
     words = [TOKENIZER.decode(s.payload.tolist(), special=True) if s.port == "text" else len(s) for s in sequence.segments]
-    assert words == ["<bos>", CAPTIONS[0], "<soi>", 3, "<eol>", 3, "<eol>", "<eoi>", "<eos>"]
+    assert words == ["<bos>", CAPTIONS[0], "<soi>", 3, "<eot>", 3, "<eot>", "<eoi>", "<eos>"]
     is_code = torch.cat([torch.full((len(s),), s.port == "codes") for s in sequence.segments])
     ids = torch.cat([s.payload for s in sequence.segments]) + is_code * TOKENIZER.vocab_size
     batch = pack([sequence], row_length=len(ids))
