@@ -310,7 +310,9 @@ def phase_lines(phase: Plan) -> list[str]:
         epochs = f", {phase['epochs']:.3g} epochs" if "epochs" in phase else ""
         lines.append(f"  in all: {phase['samples_seen']:,.0f} samples{tokens}{epochs}")
     if phase.get("flops"):
-        lines.append(f"  compute: {flops_words(phase['flops_per_step'])} a step, {flops_words(phase['flops'])} in all, forward and backward")
+        lines.append(
+            f"  compute: {flops_words(phase['flops_per_step'])} a step, {flops_words(phase['flops'])} in all, forward and backward"
+        )
     memory = {key.replace("_", " "): value for key, value in phase["memory"].items() if value}
     total = memory.pop("total", 0)
     unknown = "" if phase["memory"]["activations"] is not None else ", activations not known"
