@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
+from stages.parts.connectors.queries import Queries
 from stages.parts.layers import TimestepEmbedding, sincos_2d
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
@@ -94,7 +95,9 @@ class Model(nn.Module):
                 head = port.head.build(width, piece.total, tied_to=connector) if port.head is not None else None
         else:
             in_dim = self.content_dim(port)
-            if port.connector is not None:
+            if port.content == Content.QUERIES:
+                connector = Queries(port.count, width)
+            elif port.connector is not None:
                 connector = port.connector.build(in_dim, width)
             if port.head is not None:
                 head = port.head.build(width, in_dim)
@@ -103,6 +106,8 @@ class Model(nn.Module):
 
     def content_dim(self, port: Port) -> int:
         """Channels of one token of a port's content, before its connector."""
+        if port.of:
+            return self.recipe.backbones[backbone_of(self.recipe, self.recipe.ports[port.of[0]])].width
         if port.encoder:
             encoder: Any = self.encoders[port.encoder]
             return encoder.pooled_dim if port.select == "pooled" else encoder.out_dim
@@ -116,10 +121,19 @@ class Model(nn.Module):
 
     @property
     def backbone(self) -> Transformer:
-        network = next(iter(self.backbones.values()), None)
+        """The first network, which of most recipes is the only one."""
+        return self.network("")
+
+    def network(self, name: str) -> Transformer:
+        """The network whose table is called so in a batch: "" is the first."""
+        network = self.backbones[name] if name else next(iter(self.backbones.values()), None)
         if not isinstance(network, Transformer):
             raise RecipeError(f"recipe '{self.recipe.name}' has no sequence network")
         return network
+
+    def network_of(self, port: str) -> Transformer:
+        """The network that a port enters."""
+        return self.network(self.recipe.ports[port].backbone)
 
     # training
 
@@ -127,22 +141,30 @@ class Model(nn.Module):
         """One loss per port, one per objective that looks across samples, and those that parts of the network ask for (`auxiliary_weights`)."""
         noisy = self.corrupt(batch, generator)
         losses: dict[str, PortLoss] = {}
-        if batch.layout.sample_id.numel():
+        rows_of: dict[str, Tensor] = {}
+        for network in self.recipe.backbones:
+            name = network if network in noisy.layouts else ""
+            if name not in noisy.layouts or not noisy.layouts[name].sample_id.numel():
+                continue
             loads: list[Load] = []
-            hidden = self.hidden(noisy, loads=loads)
+            hidden = self.hidden(noisy, loads=loads, network=name, others=rows_of)
             if loads:  # training steps are taken by all ranks together, also by one that has no sample and looks on at another's
                 shared = balance(loads, everywhere=self.training, counted=batch.num_supervised > 0)
-                losses[f"{next(iter(self.backbones))}.balance"] = PortLoss(*shared)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            for name, rows in noisy.ports.items():
-                if rows.supervised is not None:
-                    losses[name] = self._supervise(name, rows, flat)
+                losses[f"{network}.balance"] = PortLoss(*shared)
+            rows_of[name] = hidden.reshape(-1, hidden.shape[-1])
+        for name, rows in noisy.ports.items():
+            if rows.supervised is not None:
+                losses[name] = self._supervise(name, rows, rows_of[self.table_of(name)])
         for name, objective in self.objectives.items():
             between = [address.removeprefix("ports.") for address in self.recipe.objectives[name].between]  # type: ignore[attr-defined]
             if all(port in noisy.ports for port in between):
                 first, second = (ranks.gathered_rows(self.pooled(port, noisy.ports[port])) for port in between)
                 losses[name] = PortLoss(objective(first, second), 1)
         return losses
+
+    def table_of(self, port: str) -> str:
+        """What the table of a port's network is called in a batch."""
+        return self.recipe.ports[port].backbone if len(self.recipe.backbones) > 1 else ""
 
     def corrupt(self, batch: Batch, generator: Generator) -> Batch:
         """Each port's objective prepares its rows: what is hidden or noised, what is judged, where it is read."""
@@ -157,18 +179,47 @@ class Model(nn.Module):
                 prepared[name] = objective.corrupt(rows, generator)
         return replace(batch, ports=prepared)
 
-    def hidden(self, batch: Batch, cache: KeyValueCache | None = None, loads: list[Load] | None = None) -> Tensor:
-        """The backbone's last hidden rows (b, l, d), after its final norm."""
-        return self.backbone(self.embed(batch), batch.layout, cache, loads)
+    def hidden(
+        self,
+        batch: Batch,
+        cache: KeyValueCache | None = None,
+        loads: list[Load] | None = None,
+        network: str = "",
+        others: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """One network's last hidden rows (b, l, d), after its final norm. others: those of networks that it reads, flat."""
+        layout = batch.layouts.get(network, batch.layout)
+        return self.network(network)(self.embed(batch, network, others), layout, cache, loads, self.noise(batch, network))
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Every port's rows at their places: (b, l, d); padding is zero."""
-        b, length = batch.layout.shape
-        rows = torch.cat([rows.rows for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"])
-        vectors = torch.cat(
-            [self.embed_rows(name, rows) for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"]
-        )
-        return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, rows, vectors).reshape(b, length, -1)
+    def noise(self, batch: Batch, network: str = "") -> Tensor | None:
+        """The noise level (b, l) of each token of a modulated network: the highest in its block, so that what belongs to a noisy
+        picture is told how noisy it is, and what is cached before it does not depend on it."""
+        if self.network(network).timestep is None:
+            return None
+        layout = batch.layouts.get(network, batch.layout)
+        levels = torch.zeros(layout.sample_id.numel(), device=layout.sample_id.device)
+        for name, rows in batch.ports.items():
+            if self._enters(name, network) and rows.timestep is not None:
+                levels = levels.index_copy(0, rows.rows, rows.timestep)
+        block = layout.sample_id * (layout.block_id.max() + 1) + layout.block_id  # padding is -1 in both
+        names, which = torch.unique(block.reshape(-1), return_inverse=True)
+        highest = torch.zeros(len(names), device=levels.device).scatter_reduce(0, which, levels, "amax")
+        return highest.index_select(0, which).reshape(layout.shape)
+
+    def embed(self, batch: Batch, network: str = "", others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The rows of every port of one network at their places: (b, l, d); padding is zero."""
+        b, length = batch.layouts.get(network, batch.layout).shape
+        ports = {name: rows for name, rows in batch.ports.items() if self._enters(name, network)}
+        for name, rows in ports.items():
+            if rows.source is not None and others is not None:
+                read = others[self.table_of(self.recipe.ports[name].of[0])]
+                ports[name] = replace(rows, values=read.index_select(0, rows.source))
+        vectors = torch.cat([self.embed_rows(name, rows) for name, rows in ports.items()])
+        places = torch.cat([rows.rows for rows in ports.values()])
+        return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, places, vectors).reshape(b, length, -1)
+
+    def _enters(self, port: str, network: str) -> bool:
+        return self.recipe.ports[port].enters == "sequence" and self.table_of(port) == network
 
     def embed_rows(self, name: str, rows: PortRows) -> Tensor:
         """One port's values → vectors (n, d)."""
@@ -197,7 +248,7 @@ class Model(nn.Module):
     def embed_places(self, name: str, grids: Iterable[tuple[int, ...]]) -> Tensor:
         """What a port adds to its tokens for their places in pictures of these grids: a fixed table (n, d), scaled to its contents."""
         scale = ID_PLACES if self.recipe.ports[name].is_ids else 1.0
-        return scale * torch.cat([sincos_2d(grid, self.backbone.config.width) for grid in grids])
+        return scale * torch.cat([sincos_2d(grid, self.network_of(name).config.width) for grid in grids])
 
     def predict(self, name: str, hidden: Tensor, *, whole: bool = False) -> Tensor:
         """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors."""

@@ -31,6 +31,7 @@ from stages.parts.views import VIEWS
 from stages.sequence.segment import Content, MaskKind, PositionKind, Role
 
 RECIPES = Path(__file__).parent / "recipes"
+FROM_NO_FIELD = (Content.QUERIES, Content.HIDDEN)  # segments that are not filled with anything of the sample
 HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
@@ -95,6 +96,9 @@ class Port(Strict):
     encoder: str = ""
     autoencoder: str = ""
     select: Literal["tokens", "pooled"] = "tokens"
+    count: int = Field(default=0, ge=0)  # of queries
+    of: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()  # of hidden rows
+    skip_rows: int = Field(default=0, ge=0)  # of those, at the front
     view: Annotated[Any, _part(VIEWS)] = None
     patch_size: int = 1
     connector: Annotated[Any, _part(CONNECTORS)] = None
@@ -105,7 +109,7 @@ class Port(Strict):
     positions: PositionKind = PositionKind.SEQUENTIAL
     grid_embedding: Literal["none", "sincos-2d"] = "none"  # added to every token: where it stands in its picture
     expert: str = ""
-    timestep: Literal["none", "add"] = "none"
+    timestep: Literal["none", "add", "modulation"] = "none"
     markers: Markers = Markers()
     null_condition: Literal["remove", "hold", "empty", "pad"] = "remove"
     loss_weight: float = 1.0
@@ -451,6 +455,10 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.markers.row:
             _check_rows(here, port)
+        _check_between_networks(recipe, here, port)
+        modulated = port.timestep == "modulation"
+        if modulated and recipe.backbones[backbone_of(recipe, port)].modulation == "none":
+            raise RecipeError(f"{here}.timestep: its network has no modulation", hint='modulation = "adaln-zero" on the network, or "add"')
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         if (
@@ -497,6 +505,30 @@ def _check(recipe: Recipe) -> None:
     _check_guidance(recipe)
 
 
+def _check_between_networks(recipe: Recipe, here: str, port: Port) -> None:
+    """Queries are learned rows; hidden rows are those of another network, which runs before this one."""
+    if port.content in FROM_NO_FIELD and (port.enters != "sequence" or port.objective is not None):
+        raise RecipeError(f'{here}: content "{port.content}" enters a sequence and is only read', hint="no objective")
+    if (port.content == Content.QUERIES) != bool(port.count):
+        raise RecipeError(f'{here}.count: content "queries" needs a number of them, and nothing else has one', hint="count = 64")
+    if port.content == Content.QUERIES and port.connector is not None:
+        raise RecipeError(f"{here}.connector: queries are learned at the network's own width", hint="leave it out")
+    if (port.content == Content.HIDDEN) != bool(port.of):
+        raise RecipeError(f'{here}.of: content "hidden" names the ports whose rows it reads, and nothing else does', hint='of = "queries"')
+    if not port.of:
+        return
+    if port.connector is None:
+        raise RecipeError(f"{here}.connector: hidden rows need one, from their network's width to this one's", hint='{ kind = "linear" }')
+    for name in port.of:
+        _known(name, recipe.ports, f"{here}.of")
+    networks = {backbone_of(recipe, recipe.ports[name]) for name in port.of}
+    order, own = list(recipe.backbones), backbone_of(recipe, port)
+    if len(networks) > 1 or any(recipe.ports[name].enters != "sequence" for name in port.of):
+        raise RecipeError(f"{here}.of: {', '.join(port.of)} are not rows of one network")
+    if order.index(networks.pop()) >= order.index(own):
+        raise RecipeError(f"{here}.of: it must read a network that stands before backbones.{own} in the file, where they run in order")
+
+
 def _check_rows(here: str, port: Port) -> None:
     """A picture with a marker after each row is read and written row by row, left to right."""
     if port.content != Content.CODES or port.mask != MaskKind.CAUSAL:
@@ -510,11 +542,17 @@ def _check_rows(here: str, port: Port) -> None:
 def _check_task(recipe: Recipe, name: str, task: Task) -> None:
     previous: SegmentSpec | None = None
     probabilities: dict[str, float] = {}
+    seen: set[str] = set()
     for segment in task.flat():
         here = f"tasks.{name}.segments"
         _known(segment.port, recipe.ports, f"{here}.port")
         port = recipe.ports[segment.port]
-        if bool(segment.field) == bool(segment.text):
+        if port.content in FROM_NO_FIELD:
+            if segment.field or segment.text:
+                raise RecipeError(f"{here}: '{segment.port}' ({port.content}) is made of no field and no text", hint="leave both out")
+            if port.of and not seen.intersection(port.of):
+                raise RecipeError(f"{here}: '{segment.port}' reads {' and '.join(port.of)}, which must stand before it")
+        elif bool(segment.field) == bool(segment.text):
             raise RecipeError(f"{here}: a segment has either a field or a text ({segment.port})")
         if segment.text and not port.tokenizer:
             raise RecipeError(f"{here}: a literal text needs a port with a tokenizer, '{segment.port}' has none")
@@ -540,6 +578,7 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
         if segment.cond_dropout_prob and probabilities.setdefault(segment.group, segment.cond_dropout_prob) != segment.cond_dropout_prob:
             raise RecipeError(f"{here}: the drop group '{segment.group}' has two probabilities in one task")
         previous = segment
+        seen.add(segment.port)
     for objective in task.objectives:
         _known(objective, recipe.objectives, f"tasks.{name}.objectives")
 

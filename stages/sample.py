@@ -275,7 +275,7 @@ class Writer:
         prompts = []
         for job, (segments, _) in zip(jobs, contexts, strict=True):
             passes = [segments] + [self.planner.prompt(job.sample, job.task, record=job.record, drop=drop)[0] for drop in guide.drops[1:]]
-            prompts.append(Prompt(job.sample.key, job.stream, passes))
+            prompts.append(Prompt(job.sample.key, job.stream, passes, self.planner.joined(rest[0])))
         session = Session(self.model, self.planner, prompts, guide, self.capacity(task, rest), self.options.seed)
         fields: list[dict[str, Any]] = [{} for _ in jobs]
         everyone = [True] * len(jobs)
