@@ -20,7 +20,15 @@ from stages.model import Model
 from stages.parts.backbones import Arrangement, KeyValueCache, Transformer
 from stages.parts.heads.linear import LinearHead
 from stages.parts.layers import unpatchify
-from stages.parts.samplers import AutoregressiveConfig, DenoiseSamplerConfig, Guide, MaskedConfig, SamplerConfig, sample_denoised
+from stages.parts.samplers import (
+    AutoregressiveConfig,
+    DenoiseSamplerConfig,
+    Guide,
+    MaskedConfig,
+    RegressSamplerConfig,
+    SamplerConfig,
+    sample_denoised,
+)
 from stages.parts.samplers.noise import sample_generator, sample_normals, sample_uniforms
 from stages.parts.schedules import NOISE_SCHEDULES
 from stages.recipe import SegmentSpec
@@ -261,7 +269,7 @@ class Session:
     def write_picture(
         self, spec: SegmentSpec, sampler: SamplerConfig, grid: tuple[int, ...], active: Sequence[bool], *, commit: bool
     ) -> Tensor:
-        """Codes int64 (b, *grid) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
+        """Codes int64 (b, *grid), latents (b, c, H, W) or features (b, l, d) for each sample; rows of inactive samples mean nothing.
 
         commit: something is written after it, so the clean block joins the context.
         """
@@ -286,6 +294,8 @@ class Session:
             content = self._codes_in_order(spec.port, sampler, batch, length, active)
         elif isinstance(sampler, MaskedConfig):
             content = self._codes_in_rounds(spec.port, sampler, batch, length, active)
+        elif isinstance(sampler, RegressSamplerConfig):
+            content = self._features(spec.port, batch, length, active)
         elif isinstance(sampler, DenoiseSamplerConfig):
             content = self._latents(spec.port, sampler, batch, length, active)
         else:
@@ -298,6 +308,8 @@ class Session:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
             return content.reshape(self.b, *grid)
+        if port.encoder:
+            return content.reshape(self.b, length, -1)
         return unpatchify(content.reshape(self.b, length, -1), (grid[0], grid[1]), port.patch_size)
 
     def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
@@ -359,6 +371,12 @@ class Session:
         return sample_denoised(
             sampler, denoise, noise, schedule, objective.predict, timestep_shift=objective.timestep_shift, generators=generators
         )
+
+    def _features(self, name: str, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """What stands at placeholders, in one pass."""
+        numbers = torch.arange(length, device=self.device).repeat(self.b, 1)
+        output = self._run_block(name, batch, self._places(batch), self._rows_of(numbers, active), None)
+        return self._per_sample(self.guided(output.reshape(-1, length, output.shape[-1])), active)
 
     def _rows_of(self, values: Tensor, active: Sequence[bool]) -> Tensor:
         """(b, n, ...) per sample → (rows that own tokens, ...) in table order, once for every pass."""

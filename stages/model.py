@@ -97,6 +97,8 @@ class Model(nn.Module):
             in_dim = self.content_dim(port)
             if port.content == Content.QUERIES:
                 connector = Queries(port.count, width)
+            elif port.objective is not None and port.objective.kind == "regress":
+                connector = Queries(self.num_features(port), width)
             elif port.connector is not None:
                 connector = port.connector.build(in_dim, width)
             if port.head is not None:
@@ -113,6 +115,11 @@ class Model(nn.Module):
             return encoder.pooled_dim if port.select == "pooled" else encoder.out_dim
         channels = self.recipe.autoencoders[port.autoencoder].latent_channels if port.autoencoder else 3
         return channels * port.patch_size**2
+
+    def num_features(self, port: Port) -> int:
+        """How many tokens a port's encoder makes of a picture as its view shows it."""
+        config: Any = self.recipe.encoders[port.encoder]
+        return config.num_tokens(port.view.size, port.view.size)
 
     def init_weights(self, generator: Generator) -> None:
         """Every part that says how it starts, in a fixed order, from one generator."""
@@ -171,6 +178,7 @@ class Model(nn.Module):
         prepared = {}
         for name, rows in batch.ports.items():
             objective = self.recipe.ports[name].objective
+            rows = self.encoded(name, rows) if objective is not None else rows
             if objective is None:
                 prepared[name] = rows
             elif objective.kind == "masked-token":
@@ -178,6 +186,13 @@ class Model(nn.Module):
             else:
                 prepared[name] = objective.corrupt(rows, generator)
         return replace(batch, ports=prepared)
+
+    @torch.no_grad()
+    def encoded(self, name: str, rows: PortRows) -> PortRows:
+        """Pictures whose features are to be predicted, as those features: what is learned does not reach back into the encoder."""
+        if rows.values.dim() != 4 or not self.recipe.ports[name].encoder:
+            return rows
+        return replace(rows, values=self.encoders[self.recipe.ports[name].encoder](rows.values).tokens.flatten(0, 1))
 
     def hidden(
         self,

@@ -159,6 +159,7 @@ class Task(Strict):
 
     segments: tuple[SegmentSpec | EachSpec, ...] = Field(min_length=1)
     objectives: tuple[str, ...] = ()
+    then: str = ""  # when sampling: the task that goes on with the features this one wrote
 
     def flat(self) -> Iterator[SegmentSpec]:
         for segment in self.segments:
@@ -456,6 +457,10 @@ def _check(recipe: Recipe) -> None:
         if port.markers.row:
             _check_rows(here, port)
         _check_between_networks(recipe, here, port)
+        regresses = port.objective is not None and port.objective.kind == "regress"
+        if regresses and (not port.encoder or port.tokenizer or port.connector is not None):
+            message = f'{here}: the objective "regress" is for features of pictures; learned rows stand for them, and no connector'
+            raise RecipeError(message, hint="encoder = …, and leave the connector out")
         modulated = port.timestep == "modulation"
         if modulated and recipe.backbones[backbone_of(recipe, port)].modulation == "none":
             raise RecipeError(f"{here}.timestep: its network has no modulation", hint='modulation = "adaln-zero" on the network, or "add"')
@@ -494,7 +499,12 @@ def _check(recipe: Recipe) -> None:
         _known(name, recipe.ports, f"sample.{name}")
         objective = recipe.ports[name].objective
         sampler = recipe.sample[name].kind
-        fitting = {"next-token": ("autoregressive",), "masked-token": ("masked",), "denoise": ("euler", "ddim", "heun")}
+        fitting = {
+            "next-token": ("autoregressive",),
+            "masked-token": ("masked",),
+            "denoise": ("euler", "ddim", "heun"),
+            "regress": ("regress",),
+        }
         if objective is None:
             raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
         if sampler not in fitting[objective.kind]:
@@ -579,6 +589,12 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
             raise RecipeError(f"{here}: the drop group '{segment.group}' has two probabilities in one task")
         previous = segment
         seen.add(segment.port)
+    if task.then:
+        _known(task.then, recipe.tasks, f"tasks.{name}.then")
+        written = [s for s in task.flat() if s.role == Role.TARGET and recipe.ports[s.port].content == Content.FEATURES]
+        encoders = {recipe.ports[s.port].encoder for s in written}
+        if not any(recipe.ports[s.port].encoder in encoders for s in recipe.tasks[task.then].flat() if s.role == Role.CONTEXT):
+            raise RecipeError(f"tasks.{name}.then: '{task.then}' reads no features that '{name}' writes")
     for objective in task.objectives:
         _known(objective, recipe.objectives, f"tasks.{name}.objectives")
 

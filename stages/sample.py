@@ -31,7 +31,7 @@ from stages.parts.views.square import to_pixels
 from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
 from stages.run import Run
 from stages.sequence.pack import pack
-from stages.sequence.plan import PLACEHOLDER, Planner
+from stages.sequence.plan import PLACEHOLDER, Planner, features_field
 from stages.sequence.segment import Content, MaskKind, Role
 from stages.training.checkpoint import checkpoint_input, fingerprint, load_model
 from stages.training.loop import deterministic, resolve_device
@@ -182,7 +182,8 @@ class Writer:
         stores = [f".{autoencoder.store}" for autoencoder in self.recipe.autoencoders.values()]
         fields = fields | {name.removesuffix(store) for name in fields for store in stores if name.endswith(store)}  # codes will do
         learned = {task for phase in self.recipe.phases for task, weight in phase.tasks.items() if weight > 0}
-        candidates = self.asked or [name for name in self.recipe.tasks if name in learned and self.writes(name)]
+        follow = {task.then for task in self.recipe.tasks.values()}
+        candidates = self.asked or [name for name in self.recipe.tasks if name in learned and name not in follow and self.writes(name)]
         self.tasks = []
         for name in candidates:
             lacking = sorted(self.needs(name) - fields)
@@ -296,9 +297,24 @@ class Writer:
                     entry[segment.fields[0]] = readable(self.travelling.text[port.tokenizer], own)
                 continue
             content = session.write_picture(segment, sampler, self.grid(segment), everyone, commit=more)
-            for entry, picture in zip(fields, self.decode(port.autoencoder, content), strict=True):
-                entry[segment.field] = picture
-        return fields
+            if port.content == Content.FEATURES:
+                name, written = features_field(segment.field, port.encoder), list(content.float().cpu().numpy())
+            else:
+                name, written = segment.field, self.decode(port.autoencoder, content)
+            for entry, own in zip(fields, written, strict=True):
+                entry[name] = own
+        return self._go_on(task.then, jobs, fields) if task.then else fields
+
+    def _go_on(self, task: str, jobs: Sequence[Job], fields: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The task that makes something of features: what it writes, beside all else that was written."""
+        following = [
+            replace(job, sample=replace(job.sample, fields={**job.sample.fields, **own}), task=task, record=None)
+            for job, own in zip(jobs, fields, strict=True)
+        ]
+        told = [
+            {name: value for name, value in own.items() if not isinstance(value, np.ndarray) or value.dtype == np.uint8} for own in fields
+        ]
+        return [{**own, **more} for own, more in zip(told, self.write(following), strict=True)]
 
     def _write_given(self, session: Session, segment: SegmentSpec, jobs: Sequence[Job]) -> None:
         """A literal between two things the model writes."""

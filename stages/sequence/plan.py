@@ -296,6 +296,9 @@ class Planner:
             grid = (latents.shape[1] // port.patch_size, latents.shape[2] // port.patch_size)
             return patchify(latents, port.patch_size), grid
         encoder = self.encoders[port.encoder]
+        if features_field(spec.field, port.encoder) in values:  # another task of the recipe wrote them
+            features = torch.from_numpy(values[features_field(spec.field, port.encoder)])
+            return features, (features.shape[0],)
         if values is sample.fields and (sample.key, spec.port, spec.field) in self.features:
             features = self.features[sample.key, spec.port, spec.field]
             return features, (features.shape[0],)
@@ -364,6 +367,11 @@ class Planner:
     def at_epoch(self, epoch: int) -> None:
         """List fields give one entry an epoch, each in its turn, beginning where the sample's key says."""
         self._turn = epoch
+
+
+def features_field(field: str, encoder: str) -> str:
+    """The name of the features that a task writes for another to go on with."""
+    return f"{field}.{encoder}-features"
 
 
 def counted(hidden: Segment, before: Iterable[Segment]) -> Segment:

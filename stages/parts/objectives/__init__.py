@@ -10,13 +10,15 @@ from stages.parts.objectives.denoise import DenoiseConfig
 from stages.parts.objectives.masked_token import MaskedTokenConfig
 from stages.parts.objectives.next_token import NextTokenConfig
 from stages.parts.objectives.reconstruction import ReconstructionConfig
+from stages.parts.objectives.regress import RegressConfig
 
-RowObjective = NextTokenConfig | MaskedTokenConfig | DenoiseConfig
+RowObjective = NextTokenConfig | MaskedTokenConfig | DenoiseConfig | RegressConfig
 
-ROW_OBJECTIVES: dict[str, type[NextTokenConfig] | type[MaskedTokenConfig] | type[DenoiseConfig]] = {
+ROW_OBJECTIVES: dict[str, type[RowObjective]] = {
     "next-token": NextTokenConfig,
     "masked-token": MaskedTokenConfig,
     "denoise": DenoiseConfig,
+    "regress": RegressConfig,
 }
 
 OBJECTIVES: dict[str, type[PartConfig]] = {
@@ -32,5 +34,6 @@ __all__ = [
     "MaskedTokenConfig",
     "NextTokenConfig",
     "ReconstructionConfig",
+    "RegressConfig",
     "RowObjective",
 ]

@@ -4,6 +4,7 @@ from stages.parts.samplers.denoise import DdimConfig, DenoiseSamplerConfig, Eule
 from stages.parts.samplers.guidance import Guide, SamplerConfig
 from stages.parts.samplers.logits import AutoregressiveConfig
 from stages.parts.samplers.masked import MaskedConfig
+from stages.parts.samplers.regress import RegressSamplerConfig
 
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     "autoregressive": AutoregressiveConfig,
@@ -11,6 +12,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
     "euler": EulerConfig,
     "ddim": DdimConfig,
     "heun": HeunConfig,
+    "regress": RegressSamplerConfig,
 }
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Guide",
     "HeunConfig",
     "MaskedConfig",
+    "RegressSamplerConfig",
     "SamplerConfig",
     "sample_denoised",
 ]
