@@ -108,7 +108,7 @@ class TransformerConfig(PartConfig):
     mlp_ratio: float = 4.0
     mlp: MLPConfig | MoEConfig = MLPConfig()
     norm: NormConfig = NormConfig()
-    qk_norm: bool = False
+    qk_norm: bool | NormKind = False  # true: of the same kind as the others
     bias: Literal["none", "qkv", "all"] = "none"
     rope: RopeConfig = RopeConfig()
     experts: tuple[str, ...] = ("main",)
@@ -281,7 +281,8 @@ class Stack(nn.Module):
         if "qkv" in roles:
             modules["qkv"] = nn.Linear(c.width, attention + 2 * kv, bias=c.bias != "none")
             if c.qk_norm:
-                modules["q_norm"], modules["k_norm"] = norm(c.attention_dim, c.norm.eps), norm(c.attention_dim, c.norm.eps)
+                of_heads = norm if c.qk_norm is True else NORMS[c.qk_norm]
+                modules["q_norm"], modules["k_norm"] = of_heads(c.attention_dim, c.norm.eps), of_heads(c.attention_dim, c.norm.eps)
         if "out" in roles:
             modules["out"] = nn.Linear(attention, c.width, bias=c.bias == "all")
         if "mlp" in roles:

@@ -10,13 +10,14 @@ from torch import Generator, Tensor, nn
 
 from stages.parts.backbones.transformer import Transformer, TransformerConfig
 from stages.parts.config import PartConfig
-from stages.parts.layers import RMSNorm, init_linear
+from stages.parts.connectors.linear import Projection
+from stages.parts.layers import RMSNorm
 from stages.sequence.segment import Layout
 
 
 class TransformerConnectorConfig(PartConfig):
     """`depth` blocks at the width of what comes in, then to the width of where it goes: one matrix, or, with `projection = "mlp"`, two
-    with GELU between them. out_rms: the root mean square at which rows leave, the gain of a last norm (MetaQuery: the root of 5.5)."""
+    with GELU between them. projection = "before": a norm and the matrix first, the blocks at the width of where it goes. out_rms: the root mean square at which rows leave, the gain of a last norm (MetaQuery: the root of 5.5)."""
 
     kind: Literal["transformer"] = "transformer"
     depth: int = Field(ge=1)
@@ -24,7 +25,7 @@ class TransformerConnectorConfig(PartConfig):
     kv_heads: int | None = None
     mlp_ratio: float = 4.0
     qk_norm: bool = False
-    projection: Literal["linear", "mlp"] = "linear"
+    projection: Literal["linear", "mlp", "before"] = "linear"
     out_rms: float | None = Field(default=None, gt=0)
 
     def build(self, in_dim: int, out_dim: int) -> "TransformerConnector":
@@ -36,8 +37,10 @@ class TransformerConnector(nn.Module):
 
     def __init__(self, config: TransformerConnectorConfig, in_dim: int, out_dim: int) -> None:
         super().__init__()
+        self.before = Projection([in_dim, out_dim], norm=True) if config.projection == "before" else None
+        inner_dim = out_dim if self.before is not None else in_dim
         blocks = TransformerConfig(
-            width=in_dim,
+            width=inner_dim,
             depth=config.depth,
             heads=config.heads,
             kv_heads=config.kv_heads,
@@ -45,24 +48,25 @@ class TransformerConnector(nn.Module):
             qk_norm=config.qk_norm,
         )
         self.blocks = Transformer(blocks)
-        self.inner = nn.Linear(in_dim, out_dim) if config.projection == "mlp" else None
-        self.outer = nn.Linear(out_dim if self.inner is not None else in_dim, out_dim)
+        depth = {"linear": 1, "mlp": 2, "before": 0}[config.projection]
+        self.after = Projection([in_dim] + [out_dim] * depth) if depth else None
         self.norm = RMSNorm(out_dim) if config.out_rms is not None else None
         self.out_rms = config.out_rms
 
     def init_weights(self, generator: Generator) -> None:
         self.blocks.init_weights(generator)
-        for layer in (self.inner, self.outer):
-            if layer is not None:
-                init_linear(layer, generator)
+        for projection in (self.before, self.after):
+            if projection is not None:
+                projection.init_weights(generator)
         if self.norm is not None and self.out_rms is not None:
             nn.init.constant_(self.norm.weight, self.out_rms)
 
     def forward(self, values: Tensor, grids: list[tuple[int, ...]]) -> Tensor:
         rows, places, layout = laid_out(tuple(math.prod(grid) for grid in grids), values.device)
+        values = values if self.before is None else self.before(values)
         table = values.new_zeros(rows * layout.shape[1], values.shape[1]).index_copy(0, places, values)
         hidden = self.blocks(table.reshape(rows, layout.shape[1], -1), layout).flatten(0, 1).index_select(0, places)
-        hidden = self.outer(hidden if self.inner is None else nn.functional.gelu(self.inner(hidden)))
+        hidden = hidden if self.after is None else self.after(hidden)
         return hidden if self.norm is None else self.norm(hidden)
 
 
