@@ -22,7 +22,7 @@ from stages.metrics.psnr import psnr
 from stages.options import RunOptions
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
-from stages.recipe import RECIPES, Recipe, load_recipe
+from stages.recipe import RECIPES, Phase, Recipe, load_recipe
 from stages.sample import sample
 from stages.sequence.pack import pack
 from stages.sequence.plan import Planner
@@ -84,13 +84,30 @@ def pictures_of(world: World, recipe: Recipe) -> list[np.ndarray]:
     return [to_pixels(picture) for picture in decoded]
 
 
-def first_phase_only(recipe: Recipe, **keys: object) -> list[str]:
-    """--set for a train-unified run of the recipe's first phase with these settings; later ones take no steps."""
-    first, *later = recipe.phases_for("train-unified")
-    if "batch_tokens" in keys and first.batch_size is not None:  # a recipe whose batches are counted in samples
-        keys["batch_size"] = 2 * len(CAPTIONS)
-        del keys["batch_tokens"]
-    return [f"phases.{first.name}.{key}={json.dumps(value)}" for key, value in keys.items()] + [f"phases.{p.name}.steps=0" for p in later]
+def shortened(recipe: Recipe, steps: int | None = None, **keys: object) -> list[str]:
+    """--set for a train-unified run with these settings. Of a recipe with one network only its first phase runs; where there are several,
+    each phase teaches another part. Without `steps`, as many as it takes to overfit."""
+    phases = recipe.phases_for("train-unified")
+    sets: list[str] = []
+    for number, phase in enumerate(phases):
+        own = dict(keys)
+        if "batch_tokens" in own and phase.batch_size is not None:  # a recipe whose batches are counted in samples
+            own["batch_size"] = 2 * len(CAPTIONS)
+            del own["batch_tokens"]
+        if number and len(recipe.backbones) < 2:
+            own = {"steps": 0}
+        else:
+            own["steps"] = steps or overfitting_steps(recipe, phase)
+        sets += [f"phases.{phase.name}.{key}={json.dumps(value)}" for key, value in own.items()]
+    return sets
+
+
+def overfitting_steps(recipe: Recipe, phase: Phase) -> int:
+    """A token takes few steps to learn by heart, a direction at every noise level many."""
+    objectives = {recipe.ports[segment.port].objective for task in phase.tasks for segment in recipe.tasks[task].flat()}
+    if any(objective is not None and objective.kind == "denoise" for objective in objectives):
+        return 2000 if len(recipe.backbones) < 2 else 800
+    return 300
 
 
 def last_written(recipe: Recipe) -> set[str]:
@@ -111,8 +128,7 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     recipe = load_recipe(name, size="tiny")
     drawn = next(port for port in recipe.ports.values() if port.autoencoder)
     continuous = recipe.autoencoders[drawn.autoencoder].codebook_size is None
-    steps = 2000 if continuous else 300
-    sets = first_phase_only(recipe, steps=steps, batch_tokens=512, lr_schedule="cosine")
+    sets = shortened(recipe, batch_tokens=512, lr_schedule="cosine")
     recipe = load_recipe(name, size="tiny", sets=sets)
     world = make_world(tmp_path / "world", recipe, samples_for(recipe))
     options = RunOptions(quiet=True, dtype="fp32", seed=1)
