@@ -114,9 +114,11 @@ class Session:
 
     def write(self, rows: Sequence[Sequence[Segment]]) -> None:
         """Append given segments, a list for each row, and remember the hidden row after them. Networks take their own, in their order."""
+        writing = self.network
         for name in self.networks:
             self.network = name
             self._write_own([[segment for segment in row if segment.network == name] for row in rows])
+        self.network = writing
 
     def _write_own(self, rows: Sequence[Sequence[Segment]]) -> None:
         batch, moved = self.lay_out(rows)
