@@ -82,21 +82,24 @@ class Controller:
     def _converse(self, desks: Sequence[Desk]) -> None:
         """A call, what came of it, the next call."""
         talking = list(desks)
-        for turn in range(MAX_CALLS + 1):
-            asked = [(at_turn(desk, turn), desk.number) for desk in talking]
-            written = [fields[CALL] for fields in self.writer.ask(asked, self.task, record=0)] if asked else []
-            calling = [(desk, line) for desk, line in zip(talking, written, strict=True) if line != DONE]
-            for desk, line in calling:
-                desk.plan.append(reread(desk, line))
-            if turn == MAX_CALLS:
-                for desk, line in calling:
-                    desk.refuse(line, f"expected '{DONE}' after {MAX_CALLS} calls, found another")
-                return
+        for turn in range(MAX_CALLS):
+            calling = self._next_calls(talking, turn)
             self._carry_out(calling)
             talking = [desk for desk, _ in calling if desk.records[-1]["ok"]]
+        for desk, line in self._next_calls(talking, MAX_CALLS):
+            desk.refuse(line, f"expected '{DONE}' after {MAX_CALLS} calls, found another")
         for desk in desks:
             if not desk.records:
                 desk.refuse(DONE, f"expected a call, found '{DONE}' before any")
+
+    def _next_calls(self, talking: Sequence[Desk], turn: int) -> list[tuple[Desk, str]]:
+        """What the model writes to each history, without those it is done with."""
+        asked = [(at_turn(desk, turn), desk.number) for desk in talking]
+        written = [fields[CALL] for fields in self.writer.ask(asked, self.task, record=0)] if asked else []
+        calling = [(desk, line) for desk, line in zip(talking, written, strict=True) if line != DONE]
+        for desk, line in calling:
+            desk.plan.append(reread(desk, line))
+        return calling
 
     def _carry_out(self, calls: Sequence[tuple[Desk, str]]) -> None:
         """One call of each of some plans."""

@@ -162,7 +162,7 @@ def test_the_run_counts_its_calls_and_knows_its_tools(home: Path, tmp_path: Path
     before = (home / "tools.toml").read_text()
     (home / "tools.toml").write_text(before.replace('"tool"', '"tool/../tool"', 1), encoding="utf-8")
     try:
-        with pytest.raises(UsageError, match="holds another run:\n.*tools"):
+        with pytest.raises(UsageError, match=r"holds another run:\n.*tools"):
             run(home, tmp_path / "out", "plan", num_samples=2)
     finally:
         (home / "tools.toml").write_text(before, encoding="utf-8")
@@ -170,9 +170,10 @@ def test_the_run_counts_its_calls_and_knows_its_tools(home: Path, tmp_path: Path
 
 def test_bad_calls_are_wrong_in_the_score(home: Path, tmp_path: Path) -> None:
     right = {**PLANS, "paint": (PLANS["count"][0], []), "cut": ('draw(caption="two stars")', [])}  # what it should have learned
-    truth = [Sample(request, {"image": PICTURE, "plan": plan}) for request, (plan, _) in right.items()]
-    run(home, tmp_path / "out", "plan")
-    evaluate(str(tmp_path / "out"), str(make_world(tmp_path / "truth", mixed_recipe(), truth).shards), tmp_path / "scores", QUIET)
+    truth = [Sample(request, {"image": PICTURE, "request": request, "plan": plan}) for request, (plan, _) in right.items()]
+    prompts = str(make_world(tmp_path / "truth", recipe_from(CONTROLLER), truth).shards)
+    sample(home / "controller", prompts, tmp_path / "out", QUIET, tasks=["plan"], tools=home / "tools.toml")
+    evaluate(str(tmp_path / "out"), None, tmp_path / "scores", QUIET)
     rows = json.loads((tmp_path / "scores" / "results.json").read_text())["results"]
     scores = {row["category"]: row["value"] for row in rows if row["metric"] == "tool-calls" and row["control"] is None}
     assert {key: scores[key] for key in ("exact", "parsed", "executed")} == {"exact": 0.5, "parsed": 0.75, "executed": 0.25}
@@ -204,7 +205,7 @@ BROKEN = {  # what is written instead of what, and what is said
     "a model": ('model = "tool"', 'model = "tooll"', r"tools\.draw\.model: .*tooll: no such folder", None),
     "a task": ('task = "draw"', 'task = "drow"', r"tools\.draw\.task: 'test' has no task 'drow'", "did you mean 'draw'?"),
     "a field": ('"caption" }', '"captoin" }', r"tools\.draw\.reads\.caption: .* reads no field 'captoin'", "did you mean 'caption'?"),
-    "what it needs": ('question = "question"', "", r"tools\.answer\.reads: the task 'answer' of 'test' also needs question", ""),
+    "what it needs": (', question = "question"', "", r"tools\.answer\.reads: the task 'answer' of 'test' also needs question", ""),
     "what it writes": ('writes = "image"', 'writes = "picture"', r"tools\.draw\.writes: .* writes 'image', found 'picture'", ""),
     "a name": ("[tools.draw]", "[tools.Draw]", r"'Draw' is no name of a tool", None),
     "no TOML": ("[tools.draw]", "[tools.draw", r"tools\.toml: this is not TOML", ""),
