@@ -33,6 +33,8 @@ from stages.run import Run
 from stages.sequence.pack import pack
 from stages.sequence.plan import PLACEHOLDER, Planner, features_field
 from stages.sequence.segment import Content, MaskKind, Role
+from stages.tools.controller import STEPS, Controller, planning_task, tally
+from stages.tools.toolbox import Toolbox, open_tools
 from stages.training.checkpoint import checkpoint_input, fingerprint, load_model
 from stages.training.loop import deterministic, resolve_device
 from stages.travelling import encode_picture, load_travelling
@@ -71,20 +73,26 @@ def sample(
     num_samples: int = 1,
     untrained: bool = False,
     likelihood: bool = False,
+    tools: Path | None = None,
 ) -> Path:
     """Write the answers of one checkpoint. Returns the folder of shards.
 
     tasks: default all that fit the prompts. sets: `sample.PORT.key=value`, how to sample; nothing else of a trained recipe can
     change. untrained: the same network with its initial weights, as a control. likelihood: also how well the model predicts the
     true texts of the prompts, as `sample.likelihood`.
+    tools: a file of tools (`stages.tools.toolbox`) that carry out the calls the model writes.
     """
     deterministic()
     device = resolve_device(options.device)
     folder = resolve(str(model))
+    box = open_tools(tools) if tools is not None else None
     writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained, likelihood=likelihood)
     source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options, out)
     first = source[0]
-    writer.choose_tasks(set(first.fields), given_prompt=prompts is None)
+    if box is not None:
+        writer.asked = [planning_task(writer.recipe, tasks)]
+    history = {STEPS} if box is not None else set()  # is not given: it happens
+    writer.choose_tasks(set(first.fields) | history, given_prompt=prompts is None)
     names = ", ".join(writer.tasks)
     identity = {
         "model": fingerprint(folder),
@@ -95,6 +103,10 @@ def sample(
     }
     inputs = [checkpoint_input(str(model), folder)]
     inputs += [{"path": prompts, "fingerprint": source.fingerprint, "provenance": source.provenance}] if isinstance(source, Shards) else []
+    tool_inputs = inputs_of_tools(box) if box is not None else []
+    if box is not None:
+        identity |= {"tools": box.fingerprint}
+    inputs += tool_inputs
     with Run(
         out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs
     ) as run:
@@ -103,7 +115,10 @@ def sample(
         count = min(len(source), options.limit or len(source))
         run.say(f"{writer.recipe.name}: {names} for {count:,} prompts" + (f", {num_samples} each" if num_samples > 1 else ""))
 
-        provenance = {"stage": "sample", "model": inputs[0], "prompts": inputs[1:], "seed": options.seed}
+        answer = writer.answer if box is None else Controller(writer, box, open_writers(box, str(device), options)).answer
+        given = [entry for entry in inputs[1:] if entry not in tool_inputs]
+        provenance = {"stage": "sample", "model": inputs[0], "prompts": given, "seed": options.seed}
+        provenance |= {"tools": tool_inputs} if box is not None else {}
         with ShardWriter(
             run.out,
             name="samples",
@@ -115,7 +130,7 @@ def sample(
             wait=ranks.wait,
         ) as shards:
             for part in shards.parts(count, GROUP):
-                for entry in writer.answer(list(good(source, part)), num_samples):
+                for entry in answer(list(good(source, part)), num_samples):
                     shards.write(entry)
                     if save_files:
                         save_pictures(entry, run.out / "files")
@@ -128,8 +143,20 @@ def sample(
                 run.say(source.write_bad_samples(run.meta))
         if run.streaming:
             stream_shards(run.out, sys.stdout.buffer)
-        run.finish("done", f"{count * num_samples:,} samples")
+        carried_out = f", {tally(open_shards(str(run.out)))}" if box is not None and run.rank == 0 else ""
+        run.finish("done", f"{count * num_samples:,} samples{carried_out}")
     return Path(out)
+
+
+def inputs_of_tools(box: Toolbox) -> list[dict[str, Any]]:
+    """The checkpoints of the tools as inputs of a run, one for each tool."""
+    return [checkpoint_input(tool.model, tool.folder, role=f"tool {name}") for name, tool in box.tools.items()]
+
+
+def open_writers(box: Toolbox, device: str, options: RunOptions) -> dict[str, "Writer"]:
+    """A writer for every tool; tools of the same checkpoint share one."""
+    opened = {folder: Writer(folder, device, options) for folder in dict.fromkeys(tool.folder for tool in box.tools.values())}
+    return {name: opened[tool.folder] for name, tool in box.tools.items()}
 
 
 def good(source: Shards | Sequence[Sample], part: range) -> Iterator[Sample]:
@@ -220,18 +247,28 @@ class Writer:
                 outputs.setdefault((place, number), {}).update(fields)
         for place, entry in enumerate(group):
             for number in range(num_samples):
-                key = entry.key if num_samples == 1 else f"{entry.key}-s{number + 1}"
-                meta = entry.fields.get("meta", {})
-                about = {"prompt_key": entry.key, "seed": self.options.seed, "tasks": self.tasks, "number": number}
                 written = {f"sample.{name}": value for name, value in outputs[place, number].items()}
                 if self.likelihood:
                     written["sample.likelihood"] = self.likelihood_of(ready[place])
-                yield Sample(key, {**entry.fields, **written, "meta": {**(meta if isinstance(meta, dict) else {"prompt": meta}), **about}})
+                yield self.beside(entry, written, number, num_samples)
 
-    def with_contents(self, entry: Sample) -> Sample:
+    def beside(self, entry: Sample, written: dict[str, Any], number: int, num_samples: int) -> Sample:
+        """What was written for a prompt the number-th time, beside the prompt."""
+        key = entry.key if num_samples == 1 else f"{entry.key}-s{number + 1}"
+        meta = entry.fields.get("meta", {})
+        about = {"prompt_key": entry.key, "seed": self.options.seed, "tasks": self.tasks, "number": number}
+        return Sample(key, {**entry.fields, **written, "meta": {**(meta if isinstance(meta, dict) else {"prompt": meta}), **about}})
+
+    @torch.inference_mode()
+    def ask(self, prompts: Sequence[tuple[Sample, int]], task: str, *, record: int | None = None) -> list[dict[str, Any]]:
+        """What the model writes for each prompt (with its contents), the so-manieth time: field → text or picture."""
+        jobs = [Job(entry, task, number, record) for entry, number in prompts]
+        return [fields for start in range(0, len(jobs), GROUP) for fields in self.write(jobs[start : start + GROUP])]
+
+    def with_contents(self, entry: Sample, tasks: Sequence[str] | None = None) -> Sample:
         """A prompt with the codes or latents its tasks read, encoded here where the shards did not bring them."""
         fields = dict(entry.fields)
-        asked = self.recipe.tasks if self.tasks == [FREE] else self.tasks
+        asked = self.recipe.tasks if self.tasks == [FREE] else tasks or self.tasks
         for task in asked:
             for segment in self.recipe.tasks[task].flat():
                 port = self.recipe.ports[segment.port]

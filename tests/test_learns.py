@@ -27,6 +27,7 @@ from stages.sample import sample
 from stages.sequence.pack import pack
 from stages.sequence.plan import Planner
 from stages.sequence.segment import Role
+from stages.tools.calls import Call, Reference, write_plan
 from stages.train_unified import train_unified
 from stages.training.checkpoint import load_autoencoder, load_model
 from stages.travelling import load_travelling
@@ -58,6 +59,19 @@ def painted(number: int) -> np.ndarray:
     return np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
 
 
+def calls_of(recipe: Recipe, number: int, caption: str) -> dict[str, object]:
+    """A request and the calls that answer it, for a recipe that writes calls; one that sees is told nothing else."""
+    if not last_written(recipe) & {"plan", "call"}:
+        return {}
+    calls = [Call("draw", {"caption": caption}), Call("edit", {"image": Reference("step-1"), "instruction": f"make it {number}"})]
+    steps = [{"history": "no file", "call": str(calls[0])}, {"history": f"{number}_draw.png", "call": "done"}]
+    return {
+        "request": "what is this?" if recipe.encoders else f"draw {caption}, make it {number}",
+        "plan": write_plan(calls),
+        "steps": steps,
+    }
+
+
 def samples_for(recipe: Recipe) -> list[Sample]:
     return [
         Sample(
@@ -67,6 +81,7 @@ def samples_for(recipe: Recipe) -> list[Sample]:
                 "qa": [{"question": QUESTIONS[0], "answer": str(number)}, {"question": QUESTIONS[1], "answer": caption.split()[-1]}],
                 "image": painted(number),  # most tasks read its codes or latents, which are of their own
                 **content_of(recipe, number),
+                **calls_of(recipe, number, caption),
             },
         )
         for number, caption in enumerate(CAPTIONS)
@@ -126,8 +141,8 @@ def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in UNIFIED])
 def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, size="tiny")
-    drawn = next(port for port in recipe.ports.values() if port.autoencoder)
-    continuous = recipe.autoencoders[drawn.autoencoder].codebook_size is None
+    drawn = next((port for port in recipe.ports.values() if port.autoencoder), None)
+    continuous = drawn is not None and recipe.autoencoders[drawn.autoencoder].codebook_size is None
     sets = shortened(recipe, batch_tokens=512, lr_schedule="cosine")
     recipe = load_recipe(name, size="tiny", sets=sets)
     world = make_world(tmp_path / "world", recipe, samples_for(recipe))
@@ -137,13 +152,21 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
 
     assert [entry.key for entry in written] == [entry.key for entry in world.samples]
     told = last_written(recipe)  # some systems only draw
-    assert told <= {"caption", "answer", "image"}
+    assert told <= {"caption", "answer", "image", "plan", "call"}
     if "caption" in told:
         assert not mistakes([entry.fields["sample.caption"] for entry in written], CAPTIONS)
     if "answer" in told:
         answers = [record["answer"] for entry in written for record in entry.fields["sample.qa"]]
         truths = [record["answer"] for entry in world.samples for record in entry.fields["qa"]]
         assert not mistakes(answers, truths)
+    if "plan" in told:
+        assert not mistakes([entry.fields["sample.plan"] for entry in written], [entry.fields["plan"] for entry in world.samples])
+    if "call" in told:
+        records = [record for entry in written for record in entry.fields["sample.steps"]]
+        assert not mistakes([r["call"] for r in records], [r["call"] for entry in world.samples for r in entry.fields["steps"]])
+    if drawn is None:  # a controller: others draw
+        assert told <= {"plan", "call"}
+        return
     assert "image" in told
 
     truth = pictures_of(world, recipe)
