@@ -2,14 +2,25 @@
 
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
+from stages.parts.connectors.scales import EmbeddingScalesConfig
 
-ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig
+ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | EmbeddingScalesConfig | LinearConfig | MLPConfig
 
-CONNECTORS: dict[str, type[EmbeddingConfig] | type[EmbeddingMLPConfig] | type[LinearConfig] | type[MLPConfig]] = {
+CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "embedding": EmbeddingConfig,
     "embedding-mlp": EmbeddingMLPConfig,
+    "embedding-scales": EmbeddingScalesConfig,
     "linear": LinearConfig,
     "mlp": MLPConfig,
 }
 
-__all__ = ["CONNECTORS", "ConnectorConfig", "Embedding", "EmbeddingConfig", "EmbeddingMLPConfig", "LinearConfig", "MLPConfig"]
+__all__ = [
+    "CONNECTORS",
+    "ConnectorConfig",
+    "Embedding",
+    "EmbeddingConfig",
+    "EmbeddingMLPConfig",
+    "EmbeddingScalesConfig",
+    "LinearConfig",
+    "MLPConfig",
+]

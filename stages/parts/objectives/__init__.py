@@ -8,14 +8,16 @@ from stages.parts.config import PartConfig
 from stages.parts.objectives.contrastive import ContrastiveConfig
 from stages.parts.objectives.denoise import DenoiseConfig
 from stages.parts.objectives.masked_token import MaskedTokenConfig
+from stages.parts.objectives.next_scale import NextScaleConfig
 from stages.parts.objectives.next_token import NextTokenConfig
 from stages.parts.objectives.reconstruction import ReconstructionConfig
 
-RowObjective = NextTokenConfig | MaskedTokenConfig | DenoiseConfig
+RowObjective = NextTokenConfig | MaskedTokenConfig | NextScaleConfig | DenoiseConfig
 
-ROW_OBJECTIVES: dict[str, type[NextTokenConfig] | type[MaskedTokenConfig] | type[DenoiseConfig]] = {
+ROW_OBJECTIVES: dict[str, type[RowObjective]] = {
     "next-token": NextTokenConfig,
     "masked-token": MaskedTokenConfig,
+    "next-scale": NextScaleConfig,
     "denoise": DenoiseConfig,
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "ContrastiveConfig",
     "DenoiseConfig",
     "MaskedTokenConfig",
+    "NextScaleConfig",
     "NextTokenConfig",
     "ReconstructionConfig",
     "RowObjective",
