@@ -25,6 +25,7 @@ from stages.parts.samplers import (
     DenoiseSamplerConfig,
     Guide,
     MaskedConfig,
+    NextScaleSamplerConfig,
     RegressSamplerConfig,
     SamplerConfig,
     sample_denoised,
@@ -283,6 +284,8 @@ class Session:
         parts = self.planner.block(spec, payload, grid)
         if port.markers.row and isinstance(sampler, AutoregressiveConfig):
             return self._codes_row_by_row(spec.port, sampler, parts, active, commit=commit).reshape(self.b, *grid)
+        if isinstance(sampler, NextScaleSamplerConfig):
+            return self._codes_by_scale(spec.port, sampler, parts, active, commit=commit).reshape(self.b, *grid)
         core = next(part for part in parts if part.port == spec.port)
         before, after = parts[: parts.index(core)], parts[parts.index(core) + 1 :]
         joint = any(self.open) or (bool(before) and core.merge and core.mask != "causal")  # inside a block that sees itself whole
@@ -344,6 +347,37 @@ class Session:
             rows.append(self._codes_in_order(name, sampler, batch.to(self.device), len(part), active))
             self.cursors = moved
         return torch.cat(rows, dim=1)
+
+    def _codes_by_scale(
+        self, name: str, sampler: NextScaleSamplerConfig, parts: Sequence[Segment], active: Sequence[bool], *, commit: bool
+    ) -> Tensor:
+        """Codes (b, n): one pass a scale, which reads the sum of the scales before it and is kept, for training reads the same."""
+        quantizer = self.model.quantizer_of(name)
+        scales = [part for part in parts if part.port == name]
+        total = quantizer.codebook.new_zeros(self.b, quantizer.config.dim, *scales[-1].grid)
+        uniforms = sample_uniforms(self.generators(), (sum(map(len, scales)),), device=self.device)
+        uniforms_of = uniforms.split([len(scale) for scale in scales], dim=1)
+        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        codes: list[Tensor] = []
+        for part in parts:
+            given = self.repeat([[part] if on else [] for on in active])
+            if part.port != name:
+                if commit or not codes:
+                    self.write(given)
+                continue
+            batch, self.cursors = continue_rows(given, self.cursors)
+            batch = batch.to(self.device)
+            maps = self._rows_of(quantizer.map_for(total, (part.grid[0], part.grid[1])), active)
+            rows = with_values(batch.ports[name], maps, None)
+            hidden = self.model.hidden(replace(batch, ports={name: rows}), self.cache)
+            self.cache.commit(batch.layout)
+            self.last = torch.where(on[:, None], hidden[:, -1], self.last)
+            logits = self.model.predict(name, hidden.flatten(0, 1).index_select(0, rows.rows))
+            logits = logits.reshape(-1, len(part), logits.shape[1])
+            guided = torch.lerp(logits.chunk(self.passes)[0], self.guided(logits), sampler.strength(part.scale, len(scales)))
+            codes.append(sampler.choose(self._per_sample(guided, active), uniforms_of[part.scale]))
+            total = total + quantizer.part(codes[-1], part.scale, (part.grid[0], part.grid[1]), (total.shape[2], total.shape[3]))
+        return torch.cat(codes, dim=1)
 
     def _codes_in_rounds(self, name: str, sampler: MaskedConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """Parallel decoding: each round sees the whole block over the cached prefix."""

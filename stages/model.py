@@ -18,7 +18,9 @@ from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
 from stages.parts.connectors.queries import Queries
+from stages.parts.connectors.scales import accumulated_maps
 from stages.parts.layers import TimestepEmbedding, sincos_2d
+from stages.parts.quantizers import MultiScaleVQ
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
 
@@ -68,11 +70,16 @@ class PortModule(nn.Module):
 
 
 class Model(nn.Module):
-    """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here."""
+    """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here.
+
+    `quantizers`: those of autoencoders whose codes are read as sums of scales, by name, given after the model is built. They are no part
+    of it: not in its state dict, never trained, never sharded.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
+        self.quantizers: dict[str, MultiScaleVQ] = {}
         self.slices = vocabulary_slices(recipe)
         self.encoders = nn.ModuleDict({name: config.build(**_encoder_inputs(recipe, name)) for name, config in recipe.encoders.items()})
         self.backbones = nn.ModuleDict({name: config.build() for name, config in recipe.backbones.items()})
@@ -91,7 +98,11 @@ class Model(nn.Module):
             if piece.owner == name:
                 if port.connector is None:
                     raise RecipeError(f"ports.{name}.connector: ids need one", hint='connector = { kind = "embedding" }')
-                connector = port.connector.build(piece.total + (piece.mask >= 0), width)
+                if port.by_scale:
+                    quantizer: Any = self.recipe.autoencoders[port.autoencoder].quantizer  # type: ignore[attr-defined]
+                    connector = port.connector.build(quantizer.dim, width, quantizer.sides)
+                else:
+                    connector = port.connector.build(piece.total + (piece.mask >= 0), width)
                 head = port.head.build(width, piece.total, tied_to=connector) if port.head is not None else None
         else:
             in_dim = self.content_dim(port)
@@ -244,7 +255,11 @@ class Model(nn.Module):
         if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
             values = self.encoders[port.encoder](values).tokens
             values = values.reshape(-1, values.shape[-1])
-        vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
+        if port.by_scale:
+            maps = values if values.is_floating_point() else accumulated_maps(self.quantizer_of(name), rows)
+            vectors = module.connector(maps, rows)
+        else:
+            vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
         if port.grid_embedding != "none":
             vectors = vectors + self.embed_places(name, rows.grids).to(vectors)
         if port.timestep == "add":
@@ -259,6 +274,13 @@ class Model(nn.Module):
         owner: Any = self.ports[piece.owner]
         shared = torch.where(ids == piece.size, piece.mask, ids + piece.start) if piece.mask >= 0 else ids + piece.start
         return owner.connector(shared)
+
+    def quantizer_of(self, name: str) -> MultiScaleVQ:
+        """The frozen quantizer whose scales a port reads, where the model is."""
+        autoencoder = self.recipe.ports[name].autoencoder
+        if autoencoder not in self.quantizers:
+            raise RecipeError(f"ports.{name} reads sums of scales, and the model was not given the quantizer of autoencoders.{autoencoder}")
+        return self.quantizers[autoencoder].to(next(self.parameters()).device)
 
     def embed_places(self, name: str, grids: Iterable[tuple[int, ...]]) -> Tensor:
         """What a port adds to its tokens for their places in pictures of these grids: a fixed table (n, d), scaled to its contents."""

@@ -21,10 +21,11 @@ from stages.errors import RecipeError, nearest
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
 from stages.parts.config import PartConfig, parse_part
-from stages.parts.connectors import CONNECTORS
+from stages.parts.connectors import CONNECTORS, EmbeddingScalesConfig
 from stages.parts.encoders import ENCODERS, EncoderConfig
 from stages.parts.heads import HEADS
 from stages.parts.objectives import OBJECTIVES, ROW_OBJECTIVES, RowObjective
+from stages.parts.quantizers import MultiScaleConfig
 from stages.parts.samplers import SAMPLERS, SamplerConfig
 from stages.parts.tokenizers import TOKENIZERS, TokenizerConfig
 from stages.parts.views import VIEWS
@@ -117,6 +118,11 @@ class Port(Strict):
     @property
     def is_ids(self) -> bool:
         return self.content in (Content.TOKEN_IDS, Content.CODES)
+
+    @property
+    def by_scale(self) -> bool:
+        """Whether its pictures stand in the sequence scale by scale."""
+        return isinstance(self.connector, EmbeddingScalesConfig)
 
 
 class SegmentSpec(Strict):
@@ -464,6 +470,8 @@ def _check(recipe: Recipe) -> None:
         modulated = port.timestep == "modulation"
         if modulated and recipe.backbones[backbone_of(recipe, port)].modulation == "none":
             raise RecipeError(f"{here}.timestep: its network has no modulation", hint='modulation = "adaln-zero" on the network, or "add"')
+        if port.by_scale or (port.objective is not None and port.objective.kind == "next-scale"):
+            _check_scales(here, recipe, port)
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         if (
@@ -504,6 +512,7 @@ def _check(recipe: Recipe) -> None:
             "masked-token": ("masked",),
             "denoise": ("euler", "ddim", "heun"),
             "regress": ("regress",),
+            "next-scale": ("next-scale",),
         }
         if objective is None:
             raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
@@ -549,6 +558,31 @@ def _check_rows(here: str, port: Port) -> None:
         raise RecipeError(f"{here}.markers.row: the markers say where a row ends; positions and grid_embedding must not say it again")
 
 
+def _check_scales(here: str, recipe: Recipe, port: Port) -> None:
+    """A picture that is drawn scale by scale is shown to the network as the sum of its scales, each of which sees itself whole."""
+    if not port.by_scale:
+        raise RecipeError(f"{here}.connector: next-scale reads sums of scales", hint='connector = { kind = "embedding-scales" }')
+    if port.content != Content.CODES or port.enters != "sequence":
+        raise RecipeError(f'{here}.connector: "embedding-scales" takes codes of a sequence, not "{port.content}"')
+    if port.objective is not None and port.objective.kind != "next-scale":
+        raise RecipeError(f"{here}.objective: '{port.objective.kind}' does not go with \"embedding-scales\"", hint="next-scale")
+    if port.autoencoder in recipe.autoencoders:
+        quantizer = getattr(recipe.autoencoders[port.autoencoder], "quantizer", None)
+        if not isinstance(quantizer, MultiScaleConfig):
+            found = quantizer.kind if isinstance(quantizer, PartConfig) else "none"
+            raise RecipeError(
+                f"autoencoders.{port.autoencoder}.quantizer: {here} needs the codes of scales, found '{found}'", hint="multi-scale"
+            )
+    if port.mask != MaskKind.FULL:
+        raise RecipeError(f"{here}.mask: all codes of a scale are drawn at once, so it sees itself whole", hint='"full"')
+    if port.vocabulary:
+        raise RecipeError(f"{here}.vocabulary: an embedding of scales has no rows to share", hint="leave it out")
+    if port.grid_embedding != "none":
+        raise RecipeError(f"{here}.grid_embedding: an embedding of scales knows its places already", hint='"none"')
+    if port.markers.inside and (port.markers.before or port.markers.after):
+        raise RecipeError(f"{here}.markers.inside: each scale is a block of its own, markers stand outside", hint="inside = false")
+
+
 def _check_task(recipe: Recipe, name: str, task: Task) -> None:
     previous: SegmentSpec | None = None
     probabilities: dict[str, float] = {}
@@ -574,6 +608,8 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
             if segment.role == Role.TARGET:
                 raise RecipeError(f"{here}: '{segment.port}' is a target, and <pad> in its place would be learned", hint='"empty"')
         mask = segment.mask or port.mask
+        if port.by_scale and (segment.merge or mask != MaskKind.FULL):
+            raise RecipeError(f"{here}: the scales of '{segment.port}' are blocks of their own", hint="leave out merge and mask")
         if previous is not None:
             before = previous.mask or recipe.ports[previous.port].mask
             if segment.merge and before != mask:

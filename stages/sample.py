@@ -190,6 +190,7 @@ class Writer:
         self.config = checkpoint.config
         recipe, self.travelling = load_travelling(load_recipe(folder, sets=list(sets)), checkpoint.tokenizers, device)
         self.recipe: Recipe = recipe
+        self.model.quantizers = self.travelling.quantizers(recipe)
         self.planner = Planner(recipe, self.travelling.text, dict(self.model.encoders.items()))
         self.options, self.asked, self.likelihood = options, list(tasks), likelihood
         self.tasks: list[str] = []

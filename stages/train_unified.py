@@ -91,6 +91,7 @@ def train_phases(
         copy_experts(model, filled)
         check_weights_come_from_somewhere(model, phases, filled)
         model.to(device)
+        model.quantizers = travelling.quantizers(recipe)
         planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
         planner.trust_ids({name: entry.get("tokenizer") for name, entry in data.fields.items()})
         validation_data = open_validation(shards, val)

@@ -20,6 +20,8 @@ from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.metrics.psnr import psnr
 from stages.options import RunOptions
+from stages.parts.autoencoders import DiscreteConfig
+from stages.parts.quantizers import MultiScaleConfig
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
 from stages.recipe import RECIPES, Phase, Recipe, load_recipe
@@ -46,8 +48,11 @@ def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
         if port.autoencoder:
             config = recipe.autoencoders[port.autoencoder]
             h, w = GRID[0] * port.patch_size, GRID[1] * port.patch_size
-            if config.codebook_size is not None:
-                fields[f"image.{config.store}"] = rng.integers(0, config.codebook_size, (h, w)).astype(np.int32)
+            if isinstance(config, DiscreteConfig):
+                shape: tuple[int, ...] = (h, w)
+                if isinstance(config.quantizer, MultiScaleConfig):  # codes in a row are those of a square
+                    shape = config.quantizer.code_shape(config.quantizer.sides[-1], config.quantizer.sides[-1])
+                fields[f"image.{config.store}"] = rng.integers(0, config.quantizer.size, shape).astype(np.int32)
             else:
                 fields[f"image.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
     return fields

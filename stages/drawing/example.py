@@ -170,6 +170,8 @@ def _picture(recipe: Recipe, planner: Planner, spec: SegmentSpec) -> np.ndarray:
     """What GRID tokens of a picture are made from, as the port finds it in a shard."""
     port = recipe.ports[spec.port]
     rows, columns = (side * port.patch_size for side in GRID)
+    if port.by_scale:
+        return np.zeros(recipe.autoencoders[port.autoencoder].quantizer.code_shape(columns, columns), dtype=np.int64)  # type: ignore[attr-defined]
     if port.content == Content.CODES:
         return np.zeros((rows, columns), dtype=np.int64)
     if port.content == Content.LATENTS and port.autoencoder:

@@ -235,5 +235,6 @@ def _port_rows(placed: list[_Placed]) -> PortRows:
         timestep_range=torch.tensor([p.segment.timestep_range for p in placed], dtype=torch.float32),
         sample=places[:, 2],
         grids=[p.segment.grid for p in placed],
+        scales=[p.segment.scale for p in placed],
         lengths=lengths,
     )

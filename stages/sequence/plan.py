@@ -225,6 +225,9 @@ class Planner:
             segment = replace(segment, merge=port.markers.inside)
         end_of_row = self.marker(port, spec, "row")
         rows = [segment] if end_of_row is None else with_ends(segment, end_of_row)
+        if port.by_scale:
+            quantizer: Any = self.recipe.autoencoders[port.autoencoder].quantizer  # type: ignore[attr-defined]
+            rows = split_scales(segment, quantizer)
         return [part for part in (before, *rows, after) if part is not None]
 
     def literal(self, spec: SegmentSpec) -> list[Segment]:
@@ -386,6 +389,14 @@ def with_ends(picture: Segment, end: Segment) -> list[Segment]:
     rows = [replace(picture, payload=row, grid=(width,), merge=end.merge) for row in picture.payload.split(width)]
     rows[0] = replace(rows[0], merge=picture.merge)
     return [part for row in rows for part in (row, end)]
+
+
+def split_scales(picture: Segment, quantizer: Any) -> list[Segment]:
+    """A square picture's codes scale by scale, coarse to fine: blocks of their own, each sees itself and all before it (VAR, section 3.2)."""
+    grids = quantizer.grids(*quantizer.square_grid(len(picture)))
+    payloads = picture.payload.split([rows * columns for rows, columns in grids])
+    scales = enumerate(zip(payloads, grids, strict=True))
+    return [replace(picture, payload=payload, grid=grid, scale=number) for number, (payload, grid) in scales]
 
 
 def opened(segments: list[Segment], rest: list[SegmentSpec]) -> list[Segment]:

@@ -89,6 +89,7 @@ class Segment:
     of: tuple[str, ...] = ()  # hidden rows: of every segment of these ports that stands before it
     skip: int = 0  # of those, so many at the front are left out
     advance: int = 0  # ticks the clock moves before this segment: a dropped condition that holds its time
+    scale: int = 0  # which of the grids of a picture that is drawn scale by scale
     in_table: bool = True  # False: read by objectives only (contrastive towers), owns no row of the table
 
     def __len__(self) -> int:
@@ -177,6 +178,7 @@ class PortRows(TensorTable):
     timestep_range: Tensor  # float (s, 2)
     sample: Tensor  # int64 (s,); which sequence of the batch
     grids: list[tuple[int, ...]] = field(default_factory=list)
+    scales: list[int] = field(default_factory=list)  # of each segment
     read: Tensor | None = None  # int64 (n,)
     goal: Tensor | None = None  # (n,) or (n, c)
     supervised: Tensor | None = None  # bool (n,)

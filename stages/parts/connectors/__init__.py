@@ -2,13 +2,15 @@
 
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
+from stages.parts.connectors.scales import EmbeddingScalesConfig
 from stages.parts.connectors.transformer import TransformerConnectorConfig
 
-ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig | TransformerConnectorConfig
+ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | EmbeddingScalesConfig | LinearConfig | MLPConfig | TransformerConnectorConfig
 
 CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "embedding": EmbeddingConfig,
     "embedding-mlp": EmbeddingMLPConfig,
+    "embedding-scales": EmbeddingScalesConfig,
     "linear": LinearConfig,
     "mlp": MLPConfig,
     "transformer": TransformerConnectorConfig,
@@ -20,6 +22,7 @@ __all__ = [
     "Embedding",
     "EmbeddingConfig",
     "EmbeddingMLPConfig",
+    "EmbeddingScalesConfig",
     "LinearConfig",
     "MLPConfig",
     "TransformerConnectorConfig",
