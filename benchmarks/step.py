@@ -6,8 +6,8 @@
 once from shards (planning and packing included, as in a run) and once over batches packed before. The plain side is written out below:
 a decoder with its own rotary embedding and `scaled_dot_product_attention`, logits for every row, a dense float mask where there are
 pictures, gradient clipping, fused AdamW. *Sampling* is greedy text over a key/value cache, for 1 and for 16 prompts; the plain side
-preallocates its cache and needs no mask, since all its rows are equally long; mmgen's weights are stored by column
-(`store_by_column`). `--peer` adds `generate` of transformers' Llama.
+preallocates its cache and needs no mask, since all its rows are equally long; mmgen's weights are laid out for sampling (`prepare`).
+`--peer` adds `generate` of transformers' Llama.
 
 Both sides hold the same weights and must find the same loss and the same tokens, or the run fails. Sides take turns; each ratio is
 the median over pairs of neighbours, of wall-clock and of processor time. The latter is the one to read on a busy machine.
@@ -31,7 +31,7 @@ from torch import Generator, Tensor, nn
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
-from stages.decoding import Prompt, Session, store_by_column
+from stages.decoding import Prompt, Session, prepare
 from stages.model import Model, build_model, set_trainable
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
@@ -453,7 +453,7 @@ def check_losses(batch: Batch, model: Model, network: Plain, kind: str) -> None:
 
 
 def compare_sampling(world: World, size: str, b: int, tokens: int, rounds: int, *, peer: bool) -> None:
-    model, network = store_by_column(build_model(world.recipe, 0).eval()), Plain(**SIZES[size]).eval()
+    model, network = prepare(build_model(world.recipe, 0).eval()), Plain(**SIZES[size]).eval()
     network.take(model)
     prompts = torch.randint(3, world.tokenizer.vocab_size, (b, PROMPT_TOKENS), generator=Generator().manual_seed(0))
     sides: dict[str, Callable[[], object]] = {

@@ -1,0 +1,33 @@
+"""Weights laid out once as the processor multiplies them, for networks that only answer.
+
+oneDNN, which comes with torch, multiplies matrices in blocks. A weight that lies in memory block by block is read in one stream and is not
+copied for each product: next to `F.linear`, 4 to 32 rows take half to two thirds of the time, hundreds of rows four fifths. One row is
+faster by `F.linear`. Values do not change, results do in their last bits. Gradients do not pass through.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Packed:
+    """x (..., k) → x · weightᵀ + bias (..., n), for one weight (n, k). Other dtypes and devices than float32 on a CPU stay as they are."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.able = torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.blocks: Tensor | None = None  # made when first needed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.able or x.numel() == x.shape[-1] or not x.numel():
+            return F.linear(x, self.weight, self.bias)
+        if self.blocks is None:
+            self.blocks = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.blocks, self.bias, "none", [], "")
+
+
+def pack_linears(network: nn.Module) -> None:
+    """From now on the linear layers of `network` multiply by packed copies of the weights they have now."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.forward = Packed(module.weight, module.bias)  # type: ignore[method-assign]
