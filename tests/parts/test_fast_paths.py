@@ -223,6 +223,12 @@ def test_wide_matrices_by_column_hold_the_same_values_and_write_the_same_text() 
 # packed weights
 
 
+@pytest.fixture
+def _pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.parts.packed.SMALLEST", 0)
+
+
+@pytest.mark.usefixtures("_pack_small_weights")
 @pytest.mark.parametrize("keys", [*KINDS, {"mlp": {"kind": "moe", "experts": 3, "top_k": 2, "shared": 1}, "bias": "all"}])
 def test_packed_layers_compute_the_same_in_one_pass_and_column_by_column(keys: dict[str, object]) -> None:
     network, packed = build(**keys), build(**keys)
@@ -241,6 +247,7 @@ def test_packed_layers_compute_the_same_in_one_pass_and_column_by_column(keys: d
     assert all(torch.equal(value, packed.state_dict()[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.usefixtures("_pack_small_weights")
 @pytest.mark.parametrize("bias", [False, True])
 def test_slices_of_a_packed_head(bias: bool) -> None:
     head = LinearHead(WIDTH, 40, bias=bias, zero=False, tied_to=None)
@@ -256,6 +263,7 @@ def test_slices_of_a_packed_head(bias: bool) -> None:
                 torch.testing.assert_close(head(x, *piece), logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("_pack_small_weights")
 def test_empty_inputs_and_other_dtypes_go_by_the_plain_way() -> None:
     weight, bias = noise(6, WIDTH), noise(6, seed=1)
     assert Packed(weight, bias)(noise(0, WIDTH)).shape == (0, 6)
@@ -263,6 +271,7 @@ def test_empty_inputs_and_other_dtypes_go_by_the_plain_way() -> None:
     assert torch.equal(Packed(weight.double(), bias.double())(x), torch.nn.functional.linear(x, weight.double(), bias.double()))
 
 
+@pytest.mark.usefixtures("_pack_small_weights")
 def test_a_prepared_model_writes_the_same_text() -> None:
     assert write(prepare(lively(mixed_recipe()))) == write(lively(mixed_recipe()))
 
