@@ -20,6 +20,7 @@ from stages.model import Model
 from stages.parts.backbones import Arrangement, KeyValueCache, Transformer
 from stages.parts.heads.linear import LinearHead
 from stages.parts.layers import unpatchify
+from stages.parts.packed import pack_linears
 from stages.parts.samplers import (
     AutoregressiveConfig,
     DenoiseSamplerConfig,
@@ -39,6 +40,7 @@ from stages.sequence.segment import Batch, Layout, PortRows, Segment
 
 UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode step draws none
 FEW_ROWS = 8  # so few rows are decoded by one thread
+LARGEST_PACKED = 2**30  # bytes of weights
 WINDOW = 32  # columns whose masks and rotations are made at once, so that a decode step makes none
 
 
@@ -490,4 +492,19 @@ def store_by_column(model: Model) -> Model:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | LinearHead) and isinstance(weight, nn.Parameter) and weight.shape[0] > weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
+    return model
+
+
+def prepare(model: Model) -> Model:
+    """Lay the weights of a model that will only answer on a CPU out for its products: by column for one row, packed for several.
+
+    A packed weight is a second copy, so that only networks are packed whose copy is small beside what a machine has.
+    """
+    store_by_column(model)
+    if sum(parameter.nbytes for parameter in model.parameters()) <= LARGEST_PACKED:
+        for backbone in model.backbones.values():
+            pack_linears(backbone)
+        for module in model.modules():
+            if isinstance(module, LinearHead):
+                module.pack()
     return model

@@ -21,7 +21,7 @@ from stages import ranks
 from stages.data.sample import Sample, decode_image
 from stages.data.shards import Shards, ShardWriter, open_shards, stream_shards
 from stages.data.stream import spool_folder
-from stages.decoding import Prompt, Session, store_by_column
+from stages.decoding import Prompt, Session, prepare
 from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.hub import resolve
 from stages.options import RunOptions
@@ -186,7 +186,7 @@ class Writer:
                 raise UsageError(f"--set {assignment}: only sample.* can change after training", hint="train again to change anything else")
         checkpoint, self.model = load_model(folder, device, untrained=untrained, seed=options.seed)
         if device == "cpu":
-            store_by_column(self.model)
+            prepare(self.model)
         self.config = checkpoint.config
         recipe, self.travelling = load_travelling(load_recipe(folder, sets=list(sets)), checkpoint.tokenizers, device)
         self.recipe: Recipe = recipe

@@ -32,6 +32,7 @@ from stages.parts.backbones.modulation import (
 from stages.parts.backbones.moe import Load, MoE, MoEConfig
 from stages.parts.config import PartConfig, parse_part
 from stages.parts.layers import NORMS, GeluMLP, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
+from stages.parts.packed import Packed
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
 
@@ -194,6 +195,8 @@ Layer = dict[str, list[Function]]
 
 def without_module(copy: Function) -> Function:
     """The same function with its weights looked up once: in a decode step, calling modules takes as long as computing."""
+    if isinstance(packed := getattr(copy, "forward", None), Packed):
+        return packed
     if type(copy) is nn.Linear:
         return partial(F.linear, weight=copy.weight, bias=copy.bias)
     if type(copy) is RMSNorm:
