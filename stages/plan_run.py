@@ -138,7 +138,8 @@ def first_sequences(recipe: Recipe, planner: Planner | None, data: Shards | None
     for task in dict.fromkeys(task for phase in phases for task in phase.tasks):
         if planner.can_plan(task, data.fields):
             opened = laid_open(recipe, planner, planner.plan(sample, task, random.Random(0)))
-            tables[task] = {"key": sample.key, "tokens": opened.length, "segments": segment_rows(opened)}
+            rows = [row for example in opened for row in segment_rows(example)]
+            tables[task] = {"key": sample.key, "tokens": sum(example.length for example in opened), "segments": rows}
     return tables
 
 
@@ -147,7 +148,7 @@ def segment_rows(opened: Example) -> list[Plan]:
     return [
         {
             "port": drawn.port,
-            "content": drawn.segment.field,
+            "content": drawn.segment.field or drawn.origin,
             "tokens": len(drawn.segment),
             "grid": list(drawn.segment.grid),
             "mask": str(drawn.segment.mask) if drawn.in_table else "",

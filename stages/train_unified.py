@@ -92,6 +92,7 @@ def train_phases(
         copy_experts(model, filled)
         check_weights_come_from_somewhere(model, phases, filled)
         model.to(device)
+        model.quantizers = travelling.quantizers(recipe)
         planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
         planner.trust_ids({name: entry.get("tokenizer") for name, entry in data.fields.items()})
         validation_data = open_validation(shards, val)
@@ -240,6 +241,9 @@ def picture_grids(recipe: Recipe, planner: Planner, data: Shards) -> dict[str, l
             shape = data.fields.get(planner.field_of(segment), {}).get("shape") if segment.field and port.autoencoder else None
             if port.objective is not None and shape and None not in shape:
                 grids[segment.port] = list(shape) if port.is_ids else [side // port.patch_size for side in shape[-2:]]
+            if port.objective is not None and port.encoder and port.view is not None:
+                encoder: Any = planner.encoders[port.encoder]
+                grids[segment.port] = [encoder.config.num_tokens(port.view.size, port.view.size)]
     return grids
 
 

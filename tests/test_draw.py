@@ -161,7 +161,7 @@ def test_every_recipe_can_be_drawn_at_every_size(name: str) -> None:
         for example in examples_of(recipe):
             if example.length:
                 kinds = [(str(d.segment.mask), d.block, len(d.labels)) for d in example.segments if d.in_table]
-                np.testing.assert_array_equal(drawn[example.task], expected_mask(kinds))
+                np.testing.assert_array_equal(drawn[example.title], expected_mask(kinds))
         assert "nan" not in svg and all(f'data-part="{part.address}"' in svg for part in parts_of(recipe) if part.trained)
 
 

@@ -2,14 +2,28 @@
 
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
+from stages.parts.connectors.scales import EmbeddingScalesConfig
+from stages.parts.connectors.transformer import TransformerConnectorConfig
 
-ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig
+ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | EmbeddingScalesConfig | LinearConfig | MLPConfig | TransformerConnectorConfig
 
-CONNECTORS: dict[str, type[EmbeddingConfig] | type[EmbeddingMLPConfig] | type[LinearConfig] | type[MLPConfig]] = {
+CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "embedding": EmbeddingConfig,
     "embedding-mlp": EmbeddingMLPConfig,
+    "embedding-scales": EmbeddingScalesConfig,
     "linear": LinearConfig,
     "mlp": MLPConfig,
+    "transformer": TransformerConnectorConfig,
 }
 
-__all__ = ["CONNECTORS", "ConnectorConfig", "Embedding", "EmbeddingConfig", "EmbeddingMLPConfig", "LinearConfig", "MLPConfig"]
+__all__ = [
+    "CONNECTORS",
+    "ConnectorConfig",
+    "Embedding",
+    "EmbeddingConfig",
+    "EmbeddingMLPConfig",
+    "EmbeddingScalesConfig",
+    "LinearConfig",
+    "MLPConfig",
+    "TransformerConnectorConfig",
+]

@@ -20,7 +20,7 @@ from stages.files import write_atomic
 from stages.parts.config import PartConfig
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
-TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text")
+TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text", "request", "plan")
 RECORD_KEYS = ("question", "answer", "text", "caption", "instruction")  # what is language in a record such as one of `qa`
 
 
