@@ -38,7 +38,9 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     if shutil.which("make") is None:
         pytest.skip("there is no make")
     work = tmp_path_factory.mktemp("work")
-    told = subprocess.run(["make", "-n", "-C", str(STUDY), "plan", f"WORK={work}"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        ["make", "-n", "-C", str(STUDY), "plan", f"WORK={work}", "LEVEL=1", "CELL=4"], capture_output=True, text=True, check=True
+    ).stdout
     found = {}
     for line in told.splitlines():
         words = shlex.split(line, comments=True) if " train-unified " in line else []

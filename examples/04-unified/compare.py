@@ -3,7 +3,7 @@
     DIR/results.json    every number of every run        DIR/README.md    its tables, between the marks
 
 u is question accuracy beyond chance, (accuracy - chance) / (1 - chance) for each type of question and not below 0, averaged over types. g is the
-share of the objects of a caption that are in the drawn picture with the right shape, colour, size and place, by the scene reader; a
+share of the objects of a caption that are in the drawn picture with the right attributes and place, by the scene reader; a
 picture that it does not believe has none. b = sqrt(u · g). A number of a table is the mean over seeds, ± half the width of its
 95 % interval (Student's t). Differences are paired by seed, their p-values corrected by Holm within a table.
 
