@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 
 from stages.parts.backbones.moe import Load, MoE, MoEConfig
 from stages.parts.config import PartConfig, parse_part
-from stages.parts.layers import NORMS, GeluMLP, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
+from stages.parts.layers import NORMS, GeluMLP, HeadNorm, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
 
@@ -85,7 +85,8 @@ class TransformerConfig(PartConfig):
     """Sizes as in the papers: `mlp_ratio` · width is the hidden width of the MLP, `kv_heads` defaults to `heads`.
 
     experts: names; a port says which one its tokens use. duplicate: the modules each expert owns. expert_init = "copy" starts
-    every expert from the first one's weights.
+    every expert from the first one's weights. qk_norm: norms queries and keys, with one weight that all heads share and of the kind
+    `norm`, or by a LayerNorm whose weights are each head's own.
     """
 
     kind: Literal["transformer"] = "transformer"
@@ -97,7 +98,7 @@ class TransformerConfig(PartConfig):
     mlp_ratio: float = 4.0
     mlp: MLPConfig | MoEConfig = MLPConfig()
     norm: NormConfig = NormConfig()
-    qk_norm: bool = False
+    qk_norm: bool | Literal["layer-per-head"] = False
     bias: Literal["none", "qkv", "all"] = "none"
     rope: RopeConfig = RopeConfig()
     experts: tuple[str, ...] = ("main",)
@@ -266,7 +267,10 @@ class Stack(nn.Module):
             modules["attention_norm"], modules["mlp_norm"] = norm(c.width, c.norm.eps), norm(c.width, c.norm.eps)
         if "qkv" in roles:
             modules["qkv"] = nn.Linear(c.width, attention + 2 * kv, bias=c.bias != "none")
-            if c.qk_norm:
+            if c.qk_norm == "layer-per-head":
+                for role, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads or c.heads)):
+                    modules[role] = HeadNorm(heads, c.attention_dim, c.norm.eps)
+            elif c.qk_norm:
                 modules["q_norm"], modules["k_norm"] = norm(c.attention_dim, c.norm.eps), norm(c.attention_dim, c.norm.eps)
         if "out" in roles:
             modules["out"] = nn.Linear(attention, c.width, bias=c.bias == "all")
@@ -282,7 +286,7 @@ class Stack(nn.Module):
         """norms: ones · qkv: 1/sqrt(fan in) · out, down: the same over sqrt(2 · depth), so that the residual stream keeps its scale."""
         out_std = 1.0 / math.sqrt(2 * self.config.depth)
         for module in self.modules():
-            if isinstance(module, RMSNorm | LayerNorm):
+            if isinstance(module, RMSNorm | LayerNorm | HeadNorm):
                 module.init_weights(generator)
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)

@@ -16,10 +16,11 @@ from stages.errors import DataError, RecipeError, UsageError
 from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig, read_table
 
 ROLES = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token"}
+AROUND_PICTURES = {"<soi>": "boi_token", "<eoi>": "eoi_token"}  # where a recipe asks for them and a unified model has them
 
 
 class ReleasedTokenizerConfig(TokenizerConfig):
-    """names: what the release calls <pad>, <bos> and <eos>. `vocab_size` is counted when it is read.
+    """names: what the release calls <pad>, <bos>, <eos> and further special tokens. `vocab_size` is counted when it is read.
 
     Decoding gives back what was encoded as far as the release does: those that normalise a text (NFC in Qwen2) or put a space before
     it (SentencePiece in Llama 2) are exact but for that.
@@ -45,17 +46,23 @@ class ReleasedTokenizerConfig(TokenizerConfig):
         tokenizer = read_table(folder / "tokenizer.json")
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        names = special_names(folder, tokenizer)
-        tokenizer.add_special_tokens([token for token in self.special if tokenizer.token_to_id(token) is None])
+        names = {**special_names(folder, tokenizer, self.special), **self.names}
+        missing = [name for name in self.names.values() if tokenizer.token_to_id(name) is None]
+        if missing:
+            raise UsageError(f"{source}: names {', '.join(missing)} for special tokens, which its tokenizer.json does not have")
+        tokenizer.add_special_tokens([token for token in self.special if token not in names and tokenizer.token_to_id(token) is None])
         size = 1 + max(tokenizer.get_vocab().values())
         return TextTokenizer(self.model_copy(update={"vocab_size": size, "names": names}), tokenizer)
 
 
-def special_names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """<bos>, <eos>, <pad> → what the release calls them. Where it has no beginning or padding, as GPT-2, that is the end of a text."""
+def special_names(folder: Path, tokenizer: Tokenizer, special: Iterable[str] = ()) -> dict[str, str]:
+    """<bos>, <eos>, <pad>, and of `special` <soi> and <eoi> → what the release calls them.
+
+    Where it has no beginning or padding, as GPT-2, that is the end of a text.
+    """
     settings, config = (_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
     found: dict[str, str] = {}
-    for token, role in ROLES.items():
+    for token, role in {**ROLES, **{token: role for token, role in AROUND_PICTURES.items() if token in special}}.items():
         said = settings.get(role)
         name = said.get("content") if isinstance(said, dict) else said
         number = config.get(f"{role}_id")
@@ -65,7 +72,7 @@ def special_names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
             found[token] = name
     if EOS not in found:
         raise DataError(f"{folder}: neither tokenizer_config.json nor config.json says which token ends a text (eos_token)")
-    return {token: found.get(token, found[EOS]) for token in ROLES}
+    return {**{token: found[EOS] for token in ROLES}, **found}
 
 
 def _json(file: Path) -> dict[str, Any]:

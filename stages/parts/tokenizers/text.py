@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.files import write_atomic
 from stages.parts.config import PartConfig
+from stages.parts.tokenizers.picture_entries import without_codes
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
 TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text")
@@ -130,9 +131,9 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def read_table(file: Path) -> Tokenizer:
-    """A tokenizer.json. DataError if it is damaged."""
+    """A tokenizer.json, without entries that are codes of pictures. DataError if it is damaged."""
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(without_codes(file.read_text(encoding="utf-8")))
     except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot parse
         raise DataError(f"{file}: {error}") from None
 
