@@ -1,7 +1,7 @@
 """A part that somebody else released, as the start of a run: `--init ADDRESS=SOURCE`.
 
 SOURCE is a file (.safetensors, or .pt, .pth, .ckpt, .bin, of which nothing but tensors is read), a folder with config.json and
-*.safetensors, in several pieces too, or the same on the Hub; `#PATH` picks the part inside a larger model. Which layout it is in shows
+*.safetensors, in several pieces too, for a language model also a .gguf, or the same on the Hub; `#PATH` picks the part inside a larger model. Which layout it is in shows
 in its names: of autoencoders see `stages/parts/autoencoders/published.py`, of language models `stages/parts/backbones/published.py`, of whole models
 (`--init model=SOURCE`) `stages/training/released_model.py`.
 
@@ -34,6 +34,7 @@ from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLCNNConfig
 from stages.parts.autoencoders.published import DIFFUSERS, LEFT_OUT, OUR_OWN, layout_of, prefix_of, translate
 from stages.parts.backbones import published as language
+from stages.parts.backbones.gguf_file import read_gguf
 from stages.parts.tokenizers import ReleasedTokenizerConfig, TextTokenizer
 from stages.recipe import Recipe
 from stages.training import released_model as whole
@@ -106,15 +107,18 @@ class Start:
         return {"role": role, "path": self.spec, "layout": self.released.layout, "fingerprint": self.released.fingerprint()}
 
 
-def open_starts(init: Mapping[str, str]) -> list[Start]:
-    """Every source of --init, released weights read. init: address → folder, file or hf://…, each with `#PATH` or without."""
+def open_starts(init: Mapping[str, str], *, shapes_only: bool = False) -> list[Start]:
+    """Every source of --init, released weights read. init: address → folder, file or hf://…, each with `#PATH` or without.
+
+    shapes_only: of safetensors and torch files no weight is read, tensors are on the meta device.
+    """
     starts = []
     for address, spec in init.items():
         text, _, inside = spec.partition("#")
         path = resolve(text)
         family = address.split(".")[0]
         ours = family not in FAMILIES or (path / "recipe.toml").is_file() or is_unfinished(path)
-        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, family)))
+        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, family, shapes_only=shapes_only)))
     return starts
 
 
@@ -203,7 +207,7 @@ def start_counting(autoencoder: nn.Module) -> None:
 Select = Callable[[Iterable[str], str, str], dict[str, str]]  # names, where, #PATH → name that is kept: name in the file
 
 
-def read_released(path: Path, inside: str = "", family: str = "autoencoders") -> Released:
+def read_released(path: Path, inside: str = "", family: str = "autoencoders", *, shapes_only: bool = False) -> Released:
     """The autoencoder, language model or whole model in a file or folder. UsageError if there is nothing to read, DataError if it is damaged or no such part."""
     select: Select = {"backbones": language.select, whole.ADDRESS: whole.select}.get(family, names_below)
     if not path.exists():
@@ -212,10 +216,13 @@ def read_released(path: Path, inside: str = "", family: str = "autoencoders") ->
         )
     folder = path if path.is_dir() else path.parent
     files = weight_files(path) if path.is_dir() else [path]
+    if path.suffix == ".gguf" and family == "backbones":
+        tensors, facts = read_gguf(path)
+        return Released(str(path), family, tensors, facts)
     if all(file.suffix == ".safetensors" for file in files):
-        tensors = read_safetensors(files, inside, select)
+        tensors = read_safetensors(files, inside, select, shapes_only=shapes_only)
     else:
-        everything = read_torch(path)
+        everything = read_torch(path, "meta" if shapes_only else "cpu")
         tensors = {name: everything[full] for name, full in select(everything, str(path), inside).items()}
     config = folder / "config.json"
     try:
@@ -257,21 +264,24 @@ def names_below(names: Iterable[str], where: str, inside: str) -> dict[str, str]
     return {name: full for name, full in short.items() if not name.startswith(LEFT_OUT)}
 
 
-def read_safetensors(files: list[Path], inside: str, select: Select) -> dict[str, Tensor]:
+def read_safetensors(files: list[Path], inside: str, select: Select, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """The part's tensors out of one file or several; a larger model around it is not read."""
     where = str(files[0] if len(files) == 1 else files[0].parent)
     try:
         opened = [safe_open(path, framework="pt") for path in files]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {name: holder[full].get_tensor(full) for name, full in select(holder, where, inside).items()}
+        chosen = select(holder, where, inside)
+        if shapes_only:
+            return {name: torch.empty(holder[full].get_slice(full).get_shape(), device="meta") for name, full in chosen.items()}
+        return {name: holder[full].get_tensor(full) for name, full in chosen.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where}: cannot be read as safetensors ({error})") from None
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
+def read_torch(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote. Nothing in it is run: a file that holds more than tensors is refused."""
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        found: Any = torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked is None:

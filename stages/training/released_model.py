@@ -217,7 +217,7 @@ def copy_rows(state: Mapping[str, Tensor], filled: dict[str, Tensor], piece: Sli
         if name in state:
             whole = filled.setdefault(name, state[name].clone())
             if whole.shape[1:] == table.shape[1:]:
-                whole[piece.start : piece.start + len(rows)] = table.index_select(0, torch.tensor(rows))
+                whole[piece.start : piece.start + len(rows)] = table.index_select(0, torch.tensor(rows, device=table.device))
 
 
 # --- the tower ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from stages.model import Model, backbone_of, covers
 from stages.parts.backbones import Transformer
 from stages.parts.backbones import published as language
 from stages.parts.tokenizers import TextTokenizer
+from stages.parts.tokenizers.released import table_beside
 from stages.sequence.segment import Content
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def own_words(
     many. Special tokens that the recipe added start from the rows that a release keeps behind its vocabulary, if it does, or anew.
     """
     piece, rows = model.slices[port], tables[0].shape[0]
-    source = Path(released.source)
-    file = (source if source.is_dir() else source.parent) / "tokenizer.json"
+    file = table_beside(Path(released.source))
     if file.is_file() and tokenizer is not None:
         same = tokenizer.extends(file)
     else:

@@ -186,6 +186,10 @@ def test_on_the_command_line_a_checkpoint_like_any_other(name: str, tmp_path: Pa
     theirs = released(name, tmp_path / "release", words)
     sets = [word for key in [*fitting(name, tmp_path / "release"), *(f"phases.{phase.name}.steps=0" for phase in recipe.phases)] for word in ("--set", key)]  # fmt: skip
     train = ["train-unified", world.shards, "--recipe", name, "--size", "tiny", "--init", f"model={tmp_path / 'release'}"]
+    planned = mmgen(*train, *sets, "--out", tmp_path / "run", "--dry-run")
+    assert planned.exit_code == 0 and "would start all weights from" in planned.output, planned.output
+    refused = mmgen(*train, "--out", tmp_path / "run", "--dry-run")
+    assert refused.exit_code == 2 and "--set backbones.lm.depth=2" in refused.output
     done = mmgen(*train, *sets, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     model = load_model(tmp_path / "run")[1]

@@ -1,6 +1,6 @@
 """A text tokenizer that came with a released model: its vocabulary as it is, so that the model's own words can be used.
 
-Read is tokenizer.json, the file of Hugging Face's `tokenizers`; which of its entries begin and end a text is said beside it, in
+Read is tokenizer.json, the file of Hugging Face's `tokenizers`, or what a GGUF file holds of one; which of its entries begin and end a text is said beside it, in
 tokenizer_config.json or config.json. Special tokens that a recipe asks for and the release lacks get ids behind its last one.
 """
 
@@ -13,6 +13,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from stages.errors import DataError, RecipeError, UsageError
+from stages.parts.backbones.gguf_file import tokenizer_of
 from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig, read_table
 
 ROLES = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token"}
@@ -39,14 +40,14 @@ class ReleasedTokenizerConfig(TokenizerConfig):
         )
 
     def adopt(self, source: Path) -> TextTokenizer:
-        """The tokenizer of a release (tokenizer.json, or the folder it is in) with this config's special tokens."""
-        folder = source if source.is_dir() else source.parent
-        if not (folder / "tokenizer.json").is_file():
+        """The tokenizer of a release (tokenizer.json, the folder it is in, or a GGUF file) with this config's special tokens."""
+        file = table_beside(source)
+        if not file.is_file():
             raise UsageError(f"{source}: there is no tokenizer.json, the file of a released text tokenizer")
-        tokenizer = read_table(folder / "tokenizer.json")
+        tokenizer = read_table(file)
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        names = {**special_names(folder, tokenizer, self.special), **self.names}
+        names = {**special_names(file, tokenizer, self.special), **self.names}
         missing = [name for name in self.names.values() if tokenizer.token_to_id(name) is None]
         if missing:
             raise UsageError(f"{source}: names {', '.join(missing)} for special tokens, which its tokenizer.json does not have")
@@ -55,12 +56,21 @@ class ReleasedTokenizerConfig(TokenizerConfig):
         return TextTokenizer(self.model_copy(update={"vocab_size": size, "names": names}), tokenizer)
 
 
-def special_names(folder: Path, tokenizer: Tokenizer, special: Iterable[str] = ()) -> dict[str, str]:
+def table_beside(source: Path) -> Path:
+    """Where the tokenizer of a release is: in its GGUF file, or in tokenizer.json in its folder."""
+    return source if source.suffix == ".gguf" else (source if source.is_dir() else source.parent) / "tokenizer.json"
+
+
+def special_names(file: Path, tokenizer: Tokenizer, special: Iterable[str] = ()) -> dict[str, str]:
     """<bos>, <eos>, <pad>, and of `special` <soi> and <eoi> → what the release calls them.
 
     Where it has no beginning or padding, as GPT-2, that is the end of a text.
     """
-    settings, config = (_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    folder = file.parent
+    if file.suffix == ".gguf":
+        settings, config = tokenizer_of(file)[1], dict[str, Any]()
+    else:
+        settings, config = _json(folder / "tokenizer_config.json"), _json(folder / "config.json")
     found: dict[str, str] = {}
     for token, role in {**ROLES, **{token: role for token, role in AROUND_PICTURES.items() if token in special}}.items():
         said = settings.get(role)
@@ -71,7 +81,7 @@ def special_names(folder: Path, tokenizer: Tokenizer, special: Iterable[str] = (
         if name is not None and tokenizer.token_to_id(name) is not None:
             found[token] = name
     if EOS not in found:
-        raise DataError(f"{folder}: neither tokenizer_config.json nor config.json says which token ends a text (eos_token)")
+        raise DataError(f"{file}: neither tokenizer_config.json nor config.json beside it says which token ends a text (eos_token)")
     return {**{token: found[EOS] for token in ROLES}, **found}
 
 
