@@ -20,6 +20,7 @@ from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.metrics.psnr import psnr
 from stages.options import RunOptions
+from stages.parts.autoencoders import ViT1DConfig
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
 from stages.recipe import RECIPES, Recipe, load_recipe
@@ -46,7 +47,8 @@ def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
             config = recipe.autoencoders[port.autoencoder]
             h, w = GRID[0] * port.patch_size, GRID[1] * port.patch_size
             if config.codebook_size is not None:
-                fields[f"image.{config.store}"] = rng.integers(0, config.codebook_size, (h, w)).astype(np.int32)
+                shape = (config.num_latents,) if isinstance(config, ViT1DConfig) else (h, w)  # in an order, or a grid
+                fields[f"image.{config.store}"] = rng.integers(0, config.codebook_size, shape).astype(np.int32)
             else:
                 fields[f"image.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
     return fields
