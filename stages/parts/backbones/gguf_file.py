@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.errors import DataError, UsageError
+from stages.errors import DataError, MmgenError, UsageError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 IN_PAIRS = ("llama",)
@@ -52,6 +52,8 @@ def opened(path: Path) -> Any:
         raise UsageError(f"{path}: reading GGUF needs the package gguf", hint="pip install 'mmgen-cli[gguf]'") from None
     try:
         return GGUFReader(path)
+    except MmgenError:  # the run was asked to stop while it read
+        raise
     except Exception as error:  # whatever the bytes make of it: numpy, struct and value errors
         raise DataError(f"{path}: cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
 
