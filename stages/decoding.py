@@ -20,13 +20,22 @@ from stages.model import Model
 from stages.parts.backbones import Arrangement, KeyValueCache
 from stages.parts.heads.linear import LinearHead
 from stages.parts.layers import unpatchify
-from stages.parts.samplers import AutoregressiveConfig, DenoiseSamplerConfig, Guide, MaskedConfig, SamplerConfig, sample_denoised
+from stages.parts.samplers import (
+    AutoregressiveConfig,
+    DenoiseSamplerConfig,
+    Guide,
+    MaskedConfig,
+    MaskedDenoiseSamplerConfig,
+    SamplerConfig,
+    sample_denoised,
+    sample_masked_latents,
+)
 from stages.parts.samplers.noise import sample_generator, sample_normals, sample_uniforms
 from stages.parts.schedules import NOISE_SCHEDULES
 from stages.recipe import SegmentSpec
 from stages.sequence.pack import Cursor, continue_rows
 from stages.sequence.plan import PLACEHOLDER, Planner
-from stages.sequence.segment import Batch, Layout, PortRows, Segment
+from stages.sequence.segment import Batch, Content, Layout, PortRows, Segment
 
 UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode step draws none
 FEW_ROWS = 8  # so few rows are decoded by one thread
@@ -150,8 +159,12 @@ class Session:
     def _step(self, name: str, ids: Tensor, column: Arrangement, on: Tensor, place: Tensor | None = None) -> None:
         """One more token of each sample joins every pass; rows that are not `on` keep their last hidden row. `place` (d,) is added."""
         ids = ids.repeat(self.passes) if self.passes > 1 else ids
-        vectors = self.model.embed_ids(name, ids).unsqueeze(1)
-        vectors = vectors if place is None else vectors + place
+        vectors = self.model.embed_ids(name, ids)
+        self._join(vectors if place is None else vectors + place, column, on)
+
+    def _join(self, vectors: Tensor, column: Arrangement, on: Tensor) -> None:
+        """One more vector (rows, d) in every row."""
+        vectors = vectors.unsqueeze(1)
         hidden = self.model.backbone(vectors, column, self.cache)
         self.cache.advance()
         self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
@@ -185,7 +198,7 @@ class Session:
     def write_picture(
         self, spec: SegmentSpec, sampler: SamplerConfig, grid: tuple[int, ...], active: Sequence[bool], *, commit: bool
     ) -> Tensor:
-        """Codes int64 (b, *grid) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
+        """Codes int64 (b, *grid), latents (b, c, H, W) or features (b, n, d) for each sample; rows of inactive samples mean nothing.
 
         commit: something is written after it, so the clean block joins the context.
         """
@@ -204,8 +217,12 @@ class Session:
         block = [*before, core, *after] if joint else [core]
         batch, moved = continue_rows(self.repeat([block if on else [] for on in active]), self.cursors)
         batch = batch.to(self.device)
-        if isinstance(sampler, AutoregressiveConfig):
+        if isinstance(sampler, AutoregressiveConfig) and channels is not None:
+            content = self._features_in_order(spec.port, batch, length, active)
+        elif isinstance(sampler, AutoregressiveConfig):
             content = self._codes_in_order(spec.port, sampler, batch, length, active)
+        elif isinstance(sampler, MaskedDenoiseSamplerConfig):
+            content = self._latents_in_rounds(spec.port, sampler, batch, length, active)
         elif isinstance(sampler, MaskedConfig):
             content = self._codes_in_rounds(spec.port, sampler, batch, length, active)
         elif isinstance(sampler, DenoiseSamplerConfig):
@@ -220,6 +237,8 @@ class Session:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
             return content.reshape(self.b, *grid)
+        if port.content == Content.FEATURES:
+            return content
         return unpatchify(content.reshape(self.b, length, -1), (grid[0], grid[1]), port.patch_size)
 
     def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
@@ -236,6 +255,18 @@ class Session:
                 codes.append(sampler.choose(logits, uniforms[:, place]))
                 self._step(name, codes[-1], column, on, None if places is None else places[place])
         return torch.stack(codes, dim=1)
+
+    def _features_in_order(self, name: str, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """One feature after another (b, n, d), each fed back through the port's connector."""
+        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        module: Any = self.model.ports[name]
+        self.cache.reserve(batch.layout)
+        features: list[Tensor] = []
+        with threads_for(self.b * self.passes):
+            for column in self._columns(length):
+                features.append(self.guided(self.model.predict(name, self.last)))
+                self._join(module.connector(features[-1].repeat(self.passes, 1)), column, on)
+        return torch.stack(features, dim=1)
 
     def _codes_row_by_row(
         self, name: str, sampler: AutoregressiveConfig, parts: Sequence[Segment], active: Sequence[bool], *, commit: bool
@@ -282,6 +313,38 @@ class Session:
             sampler, denoise, noise, schedule, objective.predict, timestep_shift=objective.timestep_shift, generators=generators
         )
 
+    def _latents_in_rounds(
+        self, name: str, sampler: MaskedDenoiseSamplerConfig, batch: Batch, length: int, active: Sequence[bool]
+    ) -> Tensor:
+        """Masked autoregression: each round sees the whole block over the cached prefix, then the port's head denoises alone."""
+        objective: Any = self.model.recipe.ports[name].objective
+        head: Any = self.model.ports[name].head
+        places = self._places(batch)
+
+        def condition(latents: Tensor, hidden: Tensor) -> Tensor:
+            rows = replace(with_values(batch.ports[name], self._rows_of(latents, active), None), hidden=self._rows_of(hidden, active))
+            z = self.model.conditions(name, rows, self._block_rows(batch, places, name, rows))
+            each = z.reshape(self.passes, -1, length, z.shape[1]).unbind(0)
+            return torch.stack([self._per_sample(own, active) for own in each])
+
+        def denoise(noisy: Tensor, t: float, *, z: Tensor, share: float) -> Tensor:
+            rows = noisy.flatten(0, 1).repeat(self.passes, 1)
+            levels = torch.full((len(rows),), t, device=rows.device)
+            output = head(rows, levels, z.flatten(0, 2)).reshape(-1, *noisy.shape[1:])
+            return torch.lerp(output[: self.b], self.guided(output, t), share)
+
+        return sample_masked_latents(
+            sampler,
+            condition,
+            denoise,
+            (length, batch.ports[name].values.shape[1]),
+            NOISE_SCHEDULES[objective.schedule],
+            objective.predict,
+            self.generators(),
+            like=self.last,
+            timestep_shift=objective.timestep_shift,
+        )
+
     def _rows_of(self, values: Tensor, active: Sequence[bool]) -> Tensor:
         """(b, n, ...) per sample → (rows that own tokens, ...) in table order, once for every pass."""
         on = values[torch.tensor(list(active), device=values.device)]
@@ -301,10 +364,13 @@ class Session:
 
     def _run_block(self, name: str, batch: Batch, places: Arrangement, values: Tensor, t: float | None) -> Tensor:
         """One uncommitted pass over a block with other values in its port's rows: predictions (rows, ...) of that port."""
-        rows = with_values(batch.ports[name], values, t)
+        return self.model.predict(name, self._block_rows(batch, places, name, with_values(batch.ports[name], values, t)))
+
+    def _block_rows(self, batch: Batch, places: Arrangement, name: str, rows: PortRows) -> Tensor:
+        """The hidden rows (rows, d) of one port in an uncommitted pass over a block that shows these `rows` of it."""
         vectors = self.model.embed(replace(batch, ports={**batch.ports, name: rows}))
         hidden = self.model.backbone(vectors, places, self.cache)
-        return self.model.predict(name, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows))
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows)
 
     def _commit(self, name: str, batch: Batch, content: Tensor, active: Sequence[bool]) -> None:
         rows = with_values(batch.ports[name], self._rows_of(content.reshape(self.b, -1, *batch.ports[name].values.shape[1:]), active), 0.0)

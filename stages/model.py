@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
+from stages.parts.connectors import MaskedEncoder, MaskVector
 from stages.parts.layers import TimestepEmbedding, sincos_2d
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
@@ -99,7 +100,10 @@ class Model(nn.Module):
             if port.head is not None:
                 head = port.head.build(width, in_dim)
         timestep = TimestepEmbedding(width) if port.timestep == "add" else None
-        return PortModule(port, connector, head, timestep)
+        module = PortModule(port, connector, head, timestep)
+        if port.objective is not None and port.objective.kind == "masked-denoise" and not isinstance(connector, MaskedEncoder):
+            module.mask = MaskVector(width)
+        return module
 
     def content_dim(self, port: Port) -> int:
         """Channels of one token of a port's content, before its connector."""
@@ -136,7 +140,7 @@ class Model(nn.Module):
             flat = hidden.reshape(-1, hidden.shape[-1])
             for name, rows in noisy.ports.items():
                 if rows.supervised is not None:
-                    losses[name] = self._supervise(name, rows, flat)
+                    losses[name] = self._supervise(name, rows, flat, generator)
         for name, objective in self.objectives.items():
             between = [address.removeprefix("ports.") for address in self.recipe.objectives[name].between]  # type: ignore[attr-defined]
             if all(port in noisy.ports for port in between):
@@ -151,6 +155,8 @@ class Model(nn.Module):
             objective = self.recipe.ports[name].objective
             if objective is None:
                 prepared[name] = rows
+            elif objective.kind == "next-feature":
+                prepared[name] = objective.corrupt(replace(rows, values=self.features(name, rows.values)), generator)
             elif objective.kind == "masked-token":
                 prepared[name] = objective.corrupt(rows, generator, mask_id=self.slices[name].size)
             else:
@@ -178,7 +184,12 @@ class Model(nn.Module):
         if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
             values = self.encoders[port.encoder](values).tokens
             values = values.reshape(-1, values.shape[-1])
-        vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
+        if isinstance(getattr(module, "connector", None), MaskedEncoder):
+            vectors, rows.memory = module.connector(values, rows.grids, rows.hidden)
+        else:
+            vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
+            if rows.hidden is not None:
+                vectors = module.mask(vectors, rows.hidden)
         if port.grid_embedding != "none":
             vectors = vectors + self.embed_places(name, rows.grids).to(vectors)
         if port.timestep == "add":
@@ -208,7 +219,18 @@ class Model(nn.Module):
         piece = self.slices[name]
         return module.head(hidden) if whole else module.head(hidden, piece.start, piece.stop)
 
-    def _supervise(self, name: str, rows: PortRows, flat: Tensor) -> PortLoss:
+    @torch.no_grad()
+    def features(self, name: str, values: Tensor) -> Tensor:
+        """What a port's encoder says of pictures (s, 3, H, W), as goals (n, d): nothing flows back. Features are returned as they are."""
+        tokens = self.encoders[self.recipe.ports[name].encoder](values).tokens if values.dim() == 4 else values
+        return tokens.reshape(-1, tokens.shape[-1])
+
+    def conditions(self, name: str, rows: PortRows, hidden: Tensor) -> Tensor:
+        """The hidden rows (n, d) of all of one port's tokens → what its diffusion head denoises each by (n, w)."""
+        head: Any = self.ports[name].head
+        return head.condition(hidden, rows.grids, rows.memory)
+
+    def _supervise(self, name: str, rows: PortRows, flat: Tensor, generator: Generator) -> PortLoss:
         assert rows.supervised is not None and rows.read is not None and rows.goal is not None
         picked = rows.supervised.nonzero().squeeze(1)
         if not len(picked):
@@ -216,6 +238,10 @@ class Model(nn.Module):
         objective: Any = self.recipe.ports[name].objective
         whole = getattr(objective, "softmax", "port") == "vocabulary"
         goal = rows.goal.index_select(0, picked)
+        if objective.kind == "masked-denoise":
+            z = self.conditions(name, rows, flat.index_select(0, rows.rows)).index_select(0, picked)
+            losses = objective.denoising_loss(self.ports[name].head, goal, z, generator) * rows.weight.index_select(0, picked)
+            return PortLoss(losses.sum(), len(picked))
         if whole:
             goal = goal + self.slices[name].start
         prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole)

@@ -296,6 +296,10 @@ class Writer:
                     entry[segment.fields[0]] = readable(self.travelling.text[port.tokenizer], own)
                 continue
             content = session.write_picture(segment, sampler, self.grid(segment), everyone, commit=more)
+            if port.content == Content.FEATURES:  # no picture yet: another network may draw one from them
+                for entry, features in zip(fields, content, strict=True):
+                    entry[f"{segment.field}.features"] = features.float().cpu().numpy()
+                continue
             for entry, picture in zip(fields, self.decode(port.autoencoder, content), strict=True):
                 entry[segment.field] = picture
         return fields

@@ -236,6 +236,8 @@ def picture_grids(recipe: Recipe, planner: Planner, data: Shards) -> dict[str, l
             shape = data.fields.get(planner.field_of(segment), {}).get("shape") if segment.field and port.autoencoder else None
             if port.objective is not None and shape and None not in shape:
                 grids[segment.port] = list(shape) if port.is_ids else [side // port.patch_size for side in shape[-2:]]
+            elif port.objective is not None and port.objective.kind == "next-feature":
+                grids[segment.port] = [planner.encoders[port.encoder].config.num_tokens(port.view.size, port.view.size)]
     return grids
 
 

@@ -175,6 +175,8 @@ class PortRows(TensorTable):
     goal: Tensor | None = None  # (n,) or (n, c)
     supervised: Tensor | None = None  # bool (n,)
     timestep: Tensor | None = None  # float (n,); 0 clean, 1 noise
+    hidden: Tensor | None = None  # bool (n,); shown as a learned vector
+    memory: Tensor | None = None  # (n, w); what a connector keeps of each token for the head of its port
     lengths: Tensor | None = None  # int64 (s,); for ragged ids outside the table
 
     def segment_sizes(self) -> Tensor:

@@ -2,14 +2,27 @@
 
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
+from stages.parts.connectors.masked import MaskedEncoder, MaskedEncoderConfig, MaskVector
 
-ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig
+ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig | MaskedEncoderConfig
 
-CONNECTORS: dict[str, type[EmbeddingConfig] | type[EmbeddingMLPConfig] | type[LinearConfig] | type[MLPConfig]] = {
+CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "embedding": EmbeddingConfig,
     "embedding-mlp": EmbeddingMLPConfig,
     "linear": LinearConfig,
     "mlp": MLPConfig,
+    "masked-encoder": MaskedEncoderConfig,
 }
 
-__all__ = ["CONNECTORS", "ConnectorConfig", "Embedding", "EmbeddingConfig", "EmbeddingMLPConfig", "LinearConfig", "MLPConfig"]
+__all__ = [
+    "CONNECTORS",
+    "ConnectorConfig",
+    "Embedding",
+    "EmbeddingConfig",
+    "EmbeddingMLPConfig",
+    "LinearConfig",
+    "MLPConfig",
+    "MaskVector",
+    "MaskedEncoder",
+    "MaskedEncoderConfig",
+]

@@ -7,16 +7,20 @@ at whole pictures and belong to a task. One row of a dict per kind.
 from stages.parts.config import PartConfig
 from stages.parts.objectives.contrastive import ContrastiveConfig
 from stages.parts.objectives.denoise import DenoiseConfig
+from stages.parts.objectives.masked_denoise import MaskedDenoiseConfig
 from stages.parts.objectives.masked_token import MaskedTokenConfig
+from stages.parts.objectives.next_feature import NextFeatureConfig
 from stages.parts.objectives.next_token import NextTokenConfig
 from stages.parts.objectives.reconstruction import ReconstructionConfig
 
-RowObjective = NextTokenConfig | MaskedTokenConfig | DenoiseConfig
+RowObjective = NextTokenConfig | MaskedTokenConfig | DenoiseConfig | MaskedDenoiseConfig | NextFeatureConfig
 
-ROW_OBJECTIVES: dict[str, type[NextTokenConfig] | type[MaskedTokenConfig] | type[DenoiseConfig]] = {
+ROW_OBJECTIVES: dict[str, type[RowObjective]] = {
     "next-token": NextTokenConfig,
     "masked-token": MaskedTokenConfig,
     "denoise": DenoiseConfig,
+    "masked-denoise": MaskedDenoiseConfig,
+    "next-feature": NextFeatureConfig,
 }
 
 OBJECTIVES: dict[str, type[PartConfig]] = {
@@ -29,7 +33,9 @@ __all__ = [
     "ROW_OBJECTIVES",
     "ContrastiveConfig",
     "DenoiseConfig",
+    "MaskedDenoiseConfig",
     "MaskedTokenConfig",
+    "NextFeatureConfig",
     "NextTokenConfig",
     "ReconstructionConfig",
     "RowObjective",

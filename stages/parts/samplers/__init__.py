@@ -4,10 +4,12 @@ from stages.parts.samplers.denoise import DdimConfig, DenoiseSamplerConfig, Eule
 from stages.parts.samplers.guidance import Guide, SamplerConfig
 from stages.parts.samplers.logits import AutoregressiveConfig
 from stages.parts.samplers.masked import MaskedConfig
+from stages.parts.samplers.masked_denoise import MaskedDenoiseSamplerConfig, sample_masked_latents
 
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     "autoregressive": AutoregressiveConfig,
     "masked": MaskedConfig,
+    "masked-denoise": MaskedDenoiseSamplerConfig,
     "euler": EulerConfig,
     "ddim": DdimConfig,
     "heun": HeunConfig,
@@ -22,6 +24,8 @@ __all__ = [
     "Guide",
     "HeunConfig",
     "MaskedConfig",
+    "MaskedDenoiseSamplerConfig",
     "SamplerConfig",
     "sample_denoised",
+    "sample_masked_latents",
 ]
