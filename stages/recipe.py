@@ -501,6 +501,9 @@ def _check(recipe: Recipe) -> None:
                 f"sample.{name}.sampler: '{sampler}' does not fit the objective '{objective.kind}'",
                 hint=nearest("", fitting[objective.kind]),
             )
+        drawing = sorted({"temperature", "top_k", "top_p", "max_tokens"} & recipe.sample[name].model_fields_set)
+        if objective.kind == "next-feature" and drawing:
+            raise RecipeError(f"sample.{name}.{drawing[0]}: features are regressed, nothing is drawn from them", hint="leave it out")
     _check_guidance(recipe)
 
 
@@ -510,6 +513,10 @@ def _check_tokenwise(here: str, port: Port) -> None:
     head, connector = (part.kind if part is not None else "" for part in (port.head, port.connector))
     if kind == "masked-denoise" and (port.content != Content.LATENTS or port.enters != "sequence"):
         raise RecipeError(f"{here}.objective: 'masked-denoise' hides latents of a sequence, not \"{port.content}\"")
+    if kind == "masked-denoise" and port.timestep != "none":
+        raise RecipeError(
+            f"{here}.timestep: the noise level of 'masked-denoise' enters its head alone, found \"{port.timestep}\"", hint='"none"'
+        )
     if kind and (kind == "masked-denoise") != (head == "diffusion-mlp"):
         raise RecipeError(
             f"{here}.head: '{head}' does not fit the objective '{kind}'", hint="diffusion-mlp goes with masked-denoise, and only it"

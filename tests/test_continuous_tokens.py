@@ -1,9 +1,11 @@
 """Latents drawn by masked autoregression and features written one after another: over a cache, what full passes say; trained, what was
 learned. The latents' port is tried bare (a linear connector) and as a masked autoencoder around the network."""
 
+import copy
 from collections.abc import Sequence as Listing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +144,25 @@ def test_a_loss_does_not_see_what_it_judges(model: Model) -> None:
     assert torch.equal(told[0], told[1])
 
 
+@torch.no_grad()
+def test_without_the_network_s_rows_it_is_a_masked_autoencoder_alone() -> None:
+    """Harmon's residual: what the network says is added to what the encoder said. Cut that projection, and no prompt matters any more."""
+    model, cut = copy.deepcopy(AROUND), copy.deepcopy(AROUND)
+    decoder: Any = cut.ports["latents"].head.decoder  # type: ignore[union-attr]
+    decoder.into.weight.zero_()
+    decoder.into.bias.zero_()
+    entry = sample_of(0)
+    latents, hidden = patchify(torch.from_numpy(entry.fields["image.latents"]), 1), torch.tensor([True, False, True, True, False, True])
+    shown = latents.masked_fill(hidden[:, None], 0.0)
+    first, second = contexts(model)[:2]
+    one, other = (full_pass(model, context, shown, hidden) for context in (first, second))
+    assert float((one - other).abs().max()) > 0.01
+    _, memory = cut.ports["latents"].connector(shown, [GRID], hidden)  # type: ignore[operator]
+    alone = decoder.blocks(decoder.inner(memory) + decoder.blocks.places([GRID]), [GRID])
+    for context in (first, second):
+        torch.testing.assert_close(full_pass(cut, context, shown, hidden), alone, atol=1e-5, rtol=1e-4)
+
+
 @BOTH
 def test_every_weight_of_the_port_learns(model: Model) -> None:
     planner = planner_of(model.recipe)
@@ -160,6 +181,7 @@ def test_every_weight_of_the_port_learns(model: Model) -> None:
     [
         (['ports.latents.head={kind="linear"}'], "'linear' does not fit the objective 'masked-denoise'"),
         (['sample.latents={sampler="ddim"}'], "'ddim' does not fit the objective 'masked-denoise'"),
+        (['ports.latents.timestep="add"'], "enters its head alone"),
         (['ports.latents.objective.predict="noise"'], "predicted noise says nothing"),
         (['ports.latents.head.decoder={width=16, depth=1, heads=2}', 'ports.latents.connector={kind="masked-encoder", width=24, depth=1, heads=2}'], "24 wide"),
         (['ports.codes.head={kind="diffusion-mlp", width=8}', 'ports.codes.vocabulary="own"'], "'diffusion-mlp' does not fit"),
@@ -277,9 +299,9 @@ def test_features_it_was_overfitted_to_are_regressed_back() -> None:
     batch = pack([planner.plan(seen(number), "draw", None) for number in numbers])
     learning = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoders")]
     optimizer = torch.optim.AdamW(learning, lr=1e-2, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=250)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=120)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(250):
+    for _ in range(120):
         losses = model.losses(batch, generator)
         optimizer.zero_grad()
         losses["image"].mean.backward()
@@ -312,6 +334,7 @@ def test_a_run_writes_features_into_its_samples(tmp_path: Path) -> None:
         ('ports.image.mask="full"', "must not see those to come"),
         ('ports.image.head={kind="diffusion-mlp", width=8}', "'diffusion-mlp' does not fit the objective 'next-feature'"),
         ('ports.text.objective={kind="next-feature"}', "tokens an encoder makes of a picture"),
+        ("sample.image.temperature=0.5", "nothing is drawn"),
         ('sample.image={sampler="masked"}', "'masked' does not fit the objective 'next-feature'"),
     ],
 )
