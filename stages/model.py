@@ -17,8 +17,7 @@ from torch import Generator, Tensor, nn
 from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
-from stages.parts.connectors import MaskedEncoder, MaskVector
-from stages.parts.layers import TimestepEmbedding, sincos_2d
+from stages.parts.layers import MaskVector, TimestepEmbedding, sincos_2d
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
 
@@ -67,6 +66,11 @@ class PortModule(nn.Module):
             self.timestep = timestep
 
 
+def keeps_memory(port: nn.Module) -> bool:
+    """Whether a port's connector looks at whole pictures, hides tokens by itself and keeps a memory for the head."""
+    return getattr(getattr(port, "connector", None), "keeps_memory", False)
+
+
 class Model(nn.Module):
     """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here."""
 
@@ -101,7 +105,7 @@ class Model(nn.Module):
                 head = port.head.build(width, in_dim)
         timestep = TimestepEmbedding(width) if port.timestep == "add" else None
         module = PortModule(port, connector, head, timestep)
-        if port.objective is not None and port.objective.kind == "masked-denoise" and not isinstance(connector, MaskedEncoder):
+        if port.objective is not None and port.objective.kind == "masked-denoise" and not keeps_memory(module):
             module.mask = MaskVector(width)
         return module
 
@@ -184,7 +188,7 @@ class Model(nn.Module):
         if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
             values = self.encoders[port.encoder](values).tokens
             values = values.reshape(-1, values.shape[-1])
-        if isinstance(getattr(module, "connector", None), MaskedEncoder):
+        if keeps_memory(module):
             vectors, rows.memory = module.connector(values, rows.grids, rows.hidden)
         else:
             vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)

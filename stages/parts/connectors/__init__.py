@@ -2,7 +2,7 @@
 
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
-from stages.parts.connectors.masked import MaskedEncoder, MaskedEncoderConfig, MaskVector
+from stages.parts.connectors.masked import MaskedEncoder, MaskedEncoderConfig
 
 ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig | MaskedEncoderConfig
 
@@ -22,7 +22,6 @@ __all__ = [
     "EmbeddingMLPConfig",
     "LinearConfig",
     "MLPConfig",
-    "MaskVector",
     "MaskedEncoder",
     "MaskedEncoderConfig",
 ]

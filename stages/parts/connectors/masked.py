@@ -1,33 +1,18 @@
 """How pictures with hidden tokens enter a network: a learned vector in the place of each hidden token.
 
-`MaskVector` stands behind any connector. The masked encoder is a connector that looks at the whole picture first: MAR's encoder
+Behind other connectors the model puts a `MaskVector`. The masked encoder is a connector that looks at the whole picture first: MAR's encoder
 (arXiv:2406.11838) before a language model, as in Harmon (arXiv:2503.21979, section 3.2) and UniPic (arXiv:2508.03320). What it made of
 each token is kept for the head of the same port, which adds the network's output to it.
 """
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from stages.parts.config import PartConfig
-from stages.parts.layers import LayerNorm, init_linear
+from stages.parts.layers import LayerNorm, MaskVector, init_linear
 from stages.parts.picture_blocks import EPS, BlocksConfig, Grids, PictureBlocks
-
-
-class MaskVector(nn.Module):
-    """vectors (n, w), hidden bool (n,) → the same with one learned vector where a token is hidden."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def init_weights(self, generator: Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
-
-    def forward(self, vectors: Tensor, hidden: Tensor) -> Tensor:
-        return torch.where(hidden.unsqueeze(1), self.weight.to(vectors), vectors)
 
 
 class MaskedEncoderConfig(BlocksConfig, PartConfig):
@@ -41,6 +26,8 @@ class MaskedEncoderConfig(BlocksConfig, PartConfig):
 
 class MaskedEncoder(nn.Module):
     """values (n, in_dim), hidden bool (n,) or None → vectors (n, out_dim), and the memory (n, width) that goes to the port's head."""
+
+    keeps_memory = True
 
     def __init__(self, config: MaskedEncoderConfig, in_dim: int, out_dim: int) -> None:
         super().__init__()
