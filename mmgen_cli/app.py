@@ -204,7 +204,7 @@ def align(
     loaded = load_recipe(recipe, size=size, sets=set)
     starts, tokenizers = o.pairs(init, "--init"), [resolve(spec) for spec in tokenizer or []]
     if dry_run:
-        print_plan(training_plan(loaded, "align", shards, out, tokenizers), as_json=json)
+        print_plan(training_plan(loaded, "align", shards, out, tokenizers, starts), as_json=json)
         return
     from stages.align import align as stage
 
@@ -252,7 +252,7 @@ def train_unified(
     loaded = load_recipe(recipe, size=size, sets=set)
     starts, tokenizers = o.pairs(init, "--init"), [resolve(spec) for spec in tokenizer or []]
     if dry_run:
-        print_plan(training_plan(loaded, "train-unified", shards, out, tokenizers), as_json=json)
+        print_plan(training_plan(loaded, "train-unified", shards, out, tokenizers, starts), as_json=json)
         return
     from stages.train_unified import train_unified as stage
 

@@ -20,11 +20,13 @@ def import_plan(name: str, source: str | None, out: str, arguments: Mapping[str,
     return {"stage": "import", "importer": name, **given, "arguments": {**arguments, **shared}, "out": out, "folder": _folder(out)}
 
 
-def training_plan(recipe: "Recipe", stage: "Stage", shards: str, out: str, tokenizers: Sequence[Path] = ()) -> Plan:
+def training_plan(
+    recipe: "Recipe", stage: "Stage", shards: str, out: str, tokenizers: Sequence[Path] = (), init: Mapping[str, str] | None = None
+) -> Plan:
     """What a training stage would do: resolved recipe, parts, shapes, parameter counts, tokens per sample, expected memory."""
     from stages.plan_run import plan_run
 
-    return plan_run(recipe, stage, shards, tokenizers) | {"out": out, "folder": _folder(out)}
+    return plan_run(recipe, stage, shards, tokenizers, init) | {"out": out, "folder": _folder(out)}
 
 
 def tokenize_plan(shards: str, tokenizers: Sequence[Path], out: str) -> Plan:

@@ -507,7 +507,9 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
                 continue
             for entry in writer.recipe.tasks[name].segments:
                 inner = entry.segments if isinstance(entry, EachSpec) else (entry,)
-                given = [s for s in inner if writer.recipe.ports[s.port].content == Content.TOKEN_IDS and s.role == Role.CONTEXT]
+                asked = writer.recipe.tasks[name].prompt_fields  # a caption that was a target in training too, where a picture follows it
+                words = [s for s in inner if writer.recipe.ports[s.port].content == Content.TOKEN_IDS]
+                given = [s for s in words if s.role == Role.CONTEXT or asked.issuperset(s.fields)]
                 texts = {f: prompt for s in given for f in s.fields}
                 if isinstance(entry, EachSpec):
                     targets = {f: "" for s in inner if s.role == Role.TARGET for f in s.fields}

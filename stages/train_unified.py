@@ -75,8 +75,8 @@ def train_phases(
         spool=spool_folder(out),
         mixing=True,
     )
-    starts = open_starts({**recipe.init_from, **init})
-    filled = [start.address for start in starts]
+    starts = open_starts(init if "model" in init else {**recipe.init_from, **init})
+    filled = [start.filled for start in starts]
     came_along = [path for start in starts if start.released is None for path in open_checkpoint(start.path).tokenizers.values()]
     recipe, travelling = load_travelling(recipe, find_tokenizers(recipe, tokenizers, came_along, data.tokenizers))
     check_fingerprints(recipe, travelling, data)

@@ -20,7 +20,7 @@ from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.metrics.psnr import psnr
 from stages.options import RunOptions
-from stages.parts.autoencoders import DiscreteConfig
+from stages.parts.autoencoders import DiscreteConfig, ViT1DConfig
 from stages.parts.quantizers import MultiScaleConfig
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
@@ -49,7 +49,7 @@ def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
             config = recipe.autoencoders[port.autoencoder]
             h, w = GRID[0] * port.patch_size, GRID[1] * port.patch_size
             if isinstance(config, DiscreteConfig):
-                shape: tuple[int, ...] = (h, w)
+                shape = (config.num_latents,) if isinstance(config, ViT1DConfig) else (h, w)  # in an order, or a grid
                 if isinstance(config.quantizer, MultiScaleConfig):  # codes in a row are those of a square
                     shape = config.quantizer.code_shape(config.quantizer.sides[-1], config.quantizer.sides[-1])
                 fields[f"image.{config.store}"] = rng.integers(0, config.quantizer.size, shape).astype(np.int32)

@@ -113,10 +113,12 @@ def test_the_timestep_embedding_turns_t_into_sinusoids_of_1000_t() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if not kind.startswith("embedding")])
 def test_every_connector_of_vectors_keeps_the_tokens_and_lets_gradients_through(kind: str) -> None:
-    connector = CONNECTORS[kind]().build(5, 12)
+    needed = {"masked-encoder": {"width": 8, "depth": 1, "heads": 2}}
+    connector = CONNECTORS[kind](**needed.get(kind, {})).build(5, 12)
     connector.init_weights(Generator().manual_seed(0))
     values = noise(6, 5).requires_grad_()
     out = connector(values, [(2, 3)])
+    out = out[0] if isinstance(out, tuple) else out  # beside it what the port's head will want
     assert out.shape == (6, 12)
     out.square().sum().backward()
     assert values.grad is not None
@@ -155,7 +157,7 @@ def test_an_embedding_looks_rows_up_with_gradients_for_those_rows_only() -> None
 # heads
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind != "diffusion-mlp"])  # which has no vocabulary
 def test_a_slice_of_a_head_is_the_slice_of_its_output(kind: str) -> None:
     head = HEADS[kind](**({"bias": True} if "bias" in HEADS[kind].model_fields else {})).build(6, 11)
     randomised(head)

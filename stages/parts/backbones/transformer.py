@@ -31,7 +31,7 @@ from stages.parts.backbones.modulation import (
 )
 from stages.parts.backbones.moe import Load, MoE, MoEConfig
 from stages.parts.config import PartConfig, parse_part
-from stages.parts.layers import NORMS, GeluMLP, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
+from stages.parts.layers import NORMS, GeluMLP, HeadNorm, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
 from stages.parts.packed import Packed
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
@@ -96,8 +96,9 @@ class TransformerConfig(PartConfig):
     """Sizes as in the papers: `mlp_ratio` · width is the hidden width of the MLP, `kv_heads` defaults to `heads`.
 
     experts: names; a port says which one its tokens use. duplicate: the modules each expert owns. expert_init = "copy" starts
-    every expert from the first one's weights. modulation: noise levels act on every layer (adaptive layer norm), on each token that of
-    its block.
+    every expert from the first one's weights. qk_norm: norms queries and keys, with one weight that all heads share, true for the kind
+    that `norm` has, or by a LayerNorm whose weights are each head's own. modulation: noise levels act on every layer (adaptive layer
+    norm), on each token that of its block.
     """
 
     kind: Literal["transformer"] = "transformer"
@@ -109,7 +110,7 @@ class TransformerConfig(PartConfig):
     mlp_ratio: float = 4.0
     mlp: MLPConfig | MoEConfig = MLPConfig()
     norm: NormConfig = NormConfig()
-    qk_norm: bool | NormKind = False  # true: of the same kind as the others
+    qk_norm: bool | NormKind | Literal["layer-per-head"] = False
     bias: Literal["none", "qkv", "all"] = "none"
     rope: RopeConfig = RopeConfig()
     experts: tuple[str, ...] = ("main",)
@@ -283,7 +284,10 @@ class Stack(nn.Module):
             modules["attention_norm"], modules["mlp_norm"] = norm(c.width, c.norm.eps), norm(c.width, c.norm.eps)
         if "qkv" in roles:
             modules["qkv"] = nn.Linear(c.width, attention + 2 * kv, bias=c.bias != "none")
-            if c.qk_norm:
+            if c.qk_norm == "layer-per-head":
+                for role, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads or c.heads)):
+                    modules[role] = HeadNorm(heads, c.attention_dim, c.norm.eps)
+            elif c.qk_norm:
                 of_heads = norm if c.qk_norm is True else NORMS[c.qk_norm]
                 modules["q_norm"], modules["k_norm"] = of_heads(c.attention_dim, c.norm.eps), of_heads(c.attention_dim, c.norm.eps)
         if "out" in roles:
@@ -302,7 +306,7 @@ class Stack(nn.Module):
         """norms: ones · qkv: 1/sqrt(fan in) · out, down: the same over sqrt(2 · depth), so that the residual stream keeps its scale."""
         out_std = 1.0 / math.sqrt(2 * self.config.depth)
         for module in self.modules():
-            if isinstance(module, RMSNorm | LayerNorm | Modulation):
+            if isinstance(module, RMSNorm | LayerNorm | HeadNorm | Modulation):
                 module.init_weights(generator)
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)

@@ -1,10 +1,15 @@
 """Heads: hidden rows → predictions of one port. One row of the dict per kind."""
 
+from stages.parts.heads.diffusion import DiffusionHead, DiffusionMLPConfig
 from stages.parts.heads.linear import LinearHeadConfig
 from stages.parts.heads.mlp import MLPHeadConfig
 
-HeadConfig = LinearHeadConfig | MLPHeadConfig
+HeadConfig = LinearHeadConfig | MLPHeadConfig | DiffusionMLPConfig
 
-HEADS: dict[str, type[LinearHeadConfig] | type[MLPHeadConfig]] = {"linear": LinearHeadConfig, "mlp": MLPHeadConfig}
+HEADS: dict[str, type[LinearHeadConfig] | type[MLPHeadConfig] | type[DiffusionMLPConfig]] = {
+    "linear": LinearHeadConfig,
+    "mlp": MLPHeadConfig,
+    "diffusion-mlp": DiffusionMLPConfig,
+}
 
-__all__ = ["HEADS", "HeadConfig", "LinearHeadConfig", "MLPHeadConfig"]
+__all__ = ["HEADS", "DiffusionHead", "DiffusionMLPConfig", "HeadConfig", "LinearHeadConfig", "MLPHeadConfig"]
