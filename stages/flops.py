@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.anatomy import learns
 from stages.model import Model
 from stages.parts.backbones import MoE, Transformer
+from stages.parts.backbones.modulation import Modulation
 from stages.parts.connectors import Embedding
 from stages.parts.heads.linear import LinearHead
 from stages.recipe import Phase, Port, backbone_of, vocabulary_owner
@@ -63,10 +64,13 @@ class FlopCounter:
     def of(self, batch: Batch) -> dict[str, float]:
         """Operations of one step, forward and backward, by the address of what computes."""
         counts: dict[str, float] = defaultdict(float)
-        tokens = torch.bincount(batch.layout.expert_id[batch.layout.sample_id >= 0]).tolist()
-        for name, (costs, pair) in self._stacks.items() if sum(tokens) else ():
+        for name, (costs, pair) in self._stacks.items():
+            layout = batch.layouts.get(name if len(self._stacks) > 1 else "")
+            if layout is None or not bool((layout.sample_id >= 0).any()):
+                continue
+            tokens = torch.bincount(layout.expert_id[layout.sample_id >= 0]).tolist()
             counts[f"backbones.{name}"] += sum(cost * rows for cost, rows in zip(costs, tokens, strict=False))
-            counts[f"backbones.{name}.attention"] += pair * allowed_pairs(batch.layout)
+            counts[f"backbones.{name}.attention"] += pair * allowed_pairs(layout)
         for name, rows in batch.ports.items():
             self._count_port(name, self.recipe.ports[name], rows, counts)
         return {address: count for address, count in counts.items() if count}
@@ -114,12 +118,14 @@ class FlopCounter:
         return costs, 3 * 4.0 * config.depth * config.heads * config.attention_dim
 
     def _backbone(self, root: str, stack: nn.Module) -> float:
-        """All matrices, those of learned experts by the share of them that a token passes."""
+        """All matrices, those of learned experts by the share of them that a token passes, without those that pass noise levels only."""
         cost = self._matrices(root)
         for path, module in stack.named_modules():
             if isinstance(module, MoE):
                 unused = 1 - module.config.top_k / module.config.experts
                 cost -= unused * self._matrices(f"{root}.{path}.experts")
+            elif isinstance(module, Modulation):
+                cost -= self._matrices(f"{root}.{path}")
         return cost
 
     def _head(self, name: str, owner: str, port: Port) -> float:
