@@ -129,7 +129,8 @@ WATCHED = {"show-o", "llava", "transfusion", "vqgan", "kl-autoencoder"}
 RESTS_ON = {
     "stages.parts.backbones.transformer": WATCHED,  # every model may hold one
     "stages.parts.objectives.denoise": {"transfusion"},
-    "stages.parts.encoders.clip": {"llava"},
+    "stages.parts.encoders.clip": WATCHED,  # --init reads whole released models, with their towers
+    "stages.parts.connectors.embedding": WATCHED - {"vqgan", "kl-autoencoder"},
     "stages.parts.quantizers.vq": WATCHED,  # --init reads released autoencoders, which are built of cnn's blocks
     "stages.parts.losses.discriminator": {"vqgan", "kl-autoencoder"},
     "stages.align": {"llava"},
