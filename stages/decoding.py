@@ -98,7 +98,7 @@ class Session:
         picture writes its marker. Passes that drop the segment's group do not see it. Without `guide` the full condition decides.
         """
         generators = self.generators()
-        self.cache.reserve(self._text_layout(self.planner.expert_of(spec.port), sampler.max_tokens))
+        self.cache.reserve(self._text_layout(spec.port, sampler.max_tokens))
         columns = self._columns(sampler.max_tokens)
         sees = torch.tensor([spec.group not in drop for drop in self.guide.drops for _ in range(self.b)], device=self.device)
         written: list[list[int]] = [[] for _ in self.prompts]
@@ -156,7 +156,7 @@ class Session:
         self.cache.advance()
         self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
 
-    def _text_layout(self, expert: int, length: int) -> Layout:
+    def _text_layout(self, name: str, length: int) -> Layout:
         """Where `length` more tokens of text stand in every row: one causal block."""
         index, block, clock = (
             torch.tensor([getattr(c, name) for c in self.cursors], device=self.device)[:, None] for name in ("index", "block", "clock")
@@ -171,7 +171,9 @@ class Session:
             full=torch.zeros(shape, dtype=torch.bool, device=self.device),
             isolated=torch.zeros(shape, dtype=torch.bool, device=self.device),
             positions=(clock + ahead)[:, :, None].expand(*shape, 3),
-            expert_id=torch.full(shape, expert, device=self.device),
+            expert_id=torch.full(shape, self.planner.expert_of(name), device=self.device),
+            port_number=torch.full(shape, self.planner.port_number(name), device=self.device),
+            hidden_from=torch.zeros(shape, dtype=torch.int64, device=self.device),
         )
 
     def stop_token(self, spec: SegmentSpec) -> int | None:
@@ -187,7 +189,7 @@ class Session:
     ) -> Tensor:
         """Codes int64 (b, *grid) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
 
-        commit: something is written after it, so the clean block joins the context.
+        commit: something is written after it, so the clean block joins the context, unless later blocks do not see it.
         """
         port = self.model.recipe.ports[spec.port]
         length = math.prod(grid)
@@ -213,9 +215,11 @@ class Session:
         else:
             raise RecipeError(f"sample.{spec.port}.sampler: '{sampler.kind}' does not draw pictures")
         if commit:
-            if not isinstance(sampler, AutoregressiveConfig):
+            if isinstance(sampler, AutoregressiveConfig):
+                self.cursors = moved
+            elif not core.mask.is_isolated:
                 self._commit(spec.port, batch, content, active)
-            self.cursors = moved
+                self.cursors = moved
             if after and not joint:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
@@ -304,7 +308,7 @@ class Session:
         rows = with_values(batch.ports[name], values, t)
         vectors = self.model.embed(replace(batch, ports={**batch.ports, name: rows}))
         hidden = self.model.backbone(vectors, places, self.cache)
-        return self.model.predict(name, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows))
+        return self.model.predict(name, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows), rows=rows)
 
     def _commit(self, name: str, batch: Batch, content: Tensor, active: Sequence[bool]) -> None:
         rows = with_values(batch.ports[name], self._rows_of(content.reshape(self.b, -1, *batch.ports[name].values.shape[1:]), active), 0.0)

@@ -98,7 +98,7 @@ class Model(nn.Module):
                 connector = port.connector.build(in_dim, width)
             if port.head is not None:
                 head = port.head.build(width, in_dim)
-        timestep = TimestepEmbedding(width) if port.timestep == "add" else None
+        timestep = TimestepEmbedding(width) if port.timestep != "none" else None
         return PortModule(port, connector, head, timestep)
 
     def content_dim(self, port: Port) -> int:
@@ -164,9 +164,12 @@ class Model(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Every port's rows at their places: (b, l, d); padding is zero."""
         b, length = batch.layout.shape
-        rows = torch.cat([rows.rows for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"])
+        entering = {name: rows for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"}
+        timed = {name: rows for name, rows in entering.items() if rows.time_rows is not None}
+        rows = torch.cat([rows.rows for rows in entering.values()] + [rows.time_rows for rows in timed.values()])  # type: ignore[misc]
         vectors = torch.cat(
-            [self.embed_rows(name, rows) for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"]
+            [self.embed_rows(name, rows) for name, rows in entering.items()]
+            + [self.ports[name].timestep(rows.segment_times()) for name, rows in timed.items()]  # type: ignore[operator,union-attr]
         )
         return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, rows, vectors).reshape(b, length, -1)
 
@@ -199,10 +202,20 @@ class Model(nn.Module):
         scale = ID_PLACES if self.recipe.ports[name].is_ids else 1.0
         return scale * torch.cat([sincos_2d(grid, self.backbone.config.width) for grid in grids])
 
-    def predict(self, name: str, hidden: Tensor, *, whole: bool = False) -> Tensor:
-        """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors."""
+    def predict(
+        self, name: str, hidden: Tensor, *, whole: bool = False, rows: PortRows | None = None, picked: Tensor | None = None
+    ) -> Tensor:
+        """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors.
+
+        rows: the port's tokens, of which `picked` (all without it) are these; heads that look at pictures as wholes are told their grids
+        and noise levels.
+        """
         port = self.recipe.ports[name]
         module: Any = self.ports[self.slices[name].owner if port.is_ids else name]
+        if not port.is_ids and getattr(module.head, "sees_pictures", False):
+            assert rows is not None and rows.timestep is not None
+            picked = torch.arange(len(rows.rows), device=hidden.device) if picked is None else picked
+            return module.head(hidden, rows.grids_of(picked), rows.timestep.index_select(0, picked))
         if not port.is_ids:
             return module.head(hidden)
         piece = self.slices[name]
@@ -218,7 +231,7 @@ class Model(nn.Module):
         goal = rows.goal.index_select(0, picked)
         if whole:
             goal = goal + self.slices[name].start
-        prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole)
+        prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole, rows=rows, picked=picked)
         losses = objective.loss(prediction, goal) * rows.weight.index_select(0, picked)
         return PortLoss(losses.sum(), len(picked))
 

@@ -105,7 +105,8 @@ class Port(Strict):
     positions: PositionKind = PositionKind.SEQUENTIAL
     grid_embedding: Literal["none", "sincos-2d"] = "none"  # added to every token: where it stands in its picture
     expert: str = ""
-    timestep: Literal["none", "add"] = "none"
+    timestep: Literal["none", "add", "token"] = "none"  # added to every token, or a row of its own before them
+    hidden_from: tuple[str, ...] = ()  # ports whose rows never see this port's
     markers: Markers = Markers()
     null_condition: Literal["remove", "hold", "empty", "pad"] = "remove"
     loss_weight: float = 1.0
@@ -451,6 +452,10 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.markers.row:
             _check_rows(here, port)
+        for other in port.hidden_from:
+            _known(other, recipe.ports, f"{here}.hidden_from")
+            if other == name:
+                raise RecipeError(f"{here}.hidden_from: a port sees its own rows", hint='mask = "isolated" hides them from later blocks')
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         if (
@@ -533,6 +538,12 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
                     f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask"
                 )
             shifted = port.objective is not None and port.objective.kind == "next-token" and segment.role == Role.TARGET
+            last = recipe.ports[previous.port]
+            if shifted and segment.port in last.hidden_from and not last.markers.after and not port.markers.before:
+                raise RecipeError(
+                    f"{here}: a next-token target of '{segment.port}' would be read at rows of '{previous.port}', which are hidden from it",
+                    hint=f"give ports.{previous.port} an end marker",
+                )
             if shifted and before.is_isolated and not segment.merge and not port.markers.before:
                 raise RecipeError(
                     f"{here}: a next-token target cannot follow an isolated block, whose rows it may not see", hint="give it a start marker"

@@ -294,7 +294,7 @@ def test_a_pass_without_the_condition_does_not_read_what_is_written_of_it() -> N
     """A caption written by the model belongs to its drop group: the unconditional rows stay where they were."""
     caption = SegmentSpec(port="text", field="caption", role=Role.TARGET, cond_dropout_prob=0.1)
     guide = EulerConfig(guidance_scale=2.0).guide({"caption"})
-    start = [PLANNER.literal(SegmentSpec(port="text", text="<bos>"))] * 3
+    start = [PLANNER.given(SegmentSpec(port="text", text="<bos>"), {}, sample_of(0))] * 3
     session = open_session([[own, own] for own in start], guide)
     before = session.last.clone()
     ids, _ = session.write_text(caption, AutoregressiveConfig(max_tokens=4), stop=[], guide=False)

@@ -43,6 +43,7 @@ class Planner:
         self._literals: dict[tuple[str, str], list[int]] = {}
         self.written_ids: dict[str, str] = {}  # field → tokenizer
         self._turn = 0
+        self._numbers = {name: number for number, name in enumerate(recipe.ports)}
         self.features: dict[tuple[str, str, str], Tensor] = {}  # (key, port, field) → what a frozen encoder said, computed once
 
     # which fields
@@ -118,10 +119,24 @@ class Planner:
             if rest or written:
                 rest.append(spec)
                 continue
+            if spec.role == Role.TARGET and (spec.mask or self.recipe.ports[spec.port].mask) == MaskKind.ISOLATED:
+                continue  # a copy to be noised, which nobody else sees
             made = self._segments(spec, values, set(drop), sample)
             segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made and held else made
             held = 0 if made else held + self._ticks(spec, values, set(drop), sample)
-        return opened(segments, rest), rest
+        return opened(segments, rest) + self._pause(held), rest
+
+    def given(self, spec: SegmentSpec, values: Mapping[str, Any], sample: Sample, *, drop: Collection[str] = ()) -> list[Segment]:
+        """A context segment that follows something the model wrote; where it is dropped, the time it holds."""
+        made = self._segments(spec, values, set(drop), sample)
+        return made or self._pause(self._ticks(spec, values, set(drop), sample))
+
+    def _pause(self, ticks: int) -> list[Segment]:
+        """No rows, and the clock moves: what a dropped condition leaves where nothing given follows it."""
+        if not ticks:
+            return []
+        name = next(name for name, port in self.recipe.ports.items() if port.content == Content.TOKEN_IDS and port.enters == "sequence")
+        return [Segment(port=name, payload=torch.zeros(0, dtype=torch.int64), grid=(0,), advance=ticks)]
 
     def prompt_of(self, specs: list[SegmentSpec], sample: Sample) -> list[Segment]:
         """The segments of a prompt that no task describes."""
@@ -205,6 +220,8 @@ class Planner:
             field=spec.field or spec.text,
             group=spec.group if spec.cond_dropout_prob else "",
             in_table=port.enters == "sequence",
+            timed=port.timestep == "token",
+            **self._sight(spec.port),
         )
         before, after = self.marker(port, spec, "before"), self.marker(port, spec, "after")
         if before is not None:
@@ -213,9 +230,14 @@ class Planner:
         rows = [segment] if end_of_row is None else with_ends(segment, end_of_row)
         return [part for part in (before, *rows, after) if part is not None]
 
-    def literal(self, spec: SegmentSpec) -> list[Segment]:
-        """A segment whose text holds no field."""
-        return self._segments(spec, {}, set(), Sample("", {}))
+    def _sight(self, name: str) -> dict[str, int]:
+        """Which port's rows a segment's are, and which ports never see them."""
+        hidden = sum(1 << self._numbers[other] for other in self.recipe.ports[name].hidden_from)
+        return {"port_number": self._numbers[name], "hidden_from": hidden}
+
+    def port_number(self, name: str) -> int:
+        """A port's place in the recipe, by which rows are hidden from it."""
+        return self._numbers[name]
 
     def marker(self, port: Port, spec: SegmentSpec, side: str) -> Segment | None:
         """The one-token segment before or after a picture. It belongs to the text port: its embedding, expert and loss."""
@@ -236,6 +258,7 @@ class Planner:
             expert=self._expert(text_port),
             merge=(spec.merge if side == "before" else True) if inside else False,
             field=name,
+            **self._sight(text),
         )
 
     def text_port(self, port: Port) -> str:
