@@ -22,7 +22,7 @@ from stages.metrics.psnr import psnr
 from stages.options import RunOptions
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
-from stages.recipe import RECIPES, Recipe, load_recipe
+from stages.recipe import RECIPES, Recipe, Task, load_recipe
 from stages.sample import sample
 from stages.sequence.pack import pack
 from stages.sequence.plan import Planner
@@ -37,8 +37,8 @@ GRID = (2, 3)  # of a picture's tokens
 QUESTIONS = ["how many?", "of what colour?"]
 
 
-def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
-    """Codes or latents of sample `number`, for each autoencoder of the recipe."""
+def content_of(recipe: Recipe, number: int, field: str = "image") -> dict[str, np.ndarray]:
+    """Codes or latents of picture `number`, for each autoencoder of the recipe, as those of a field."""
     rng = np.random.default_rng(number)
     fields: dict[str, np.ndarray] = {}
     for port in recipe.ports.values():
@@ -46,9 +46,9 @@ def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
             config = recipe.autoencoders[port.autoencoder]
             h, w = GRID[0] * port.patch_size, GRID[1] * port.patch_size
             if config.codebook_size is not None:
-                fields[f"image.{config.store}"] = rng.integers(0, config.codebook_size, (h, w)).astype(np.int32)
+                fields[f"{field}.{config.store}"] = rng.integers(0, config.codebook_size, (h, w)).astype(np.int32)
             else:
-                fields[f"image.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
+                fields[f"{field}.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
     return fields
 
 
@@ -67,10 +67,18 @@ def samples_for(recipe: Recipe) -> list[Sample]:
                 "qa": [{"question": QUESTIONS[0], "answer": str(number)}, {"question": QUESTIONS[1], "answer": caption.split()[-1]}],
                 "image": painted(number),  # most tasks read its codes or latents, which are of their own
                 **content_of(recipe, number),
+                **(edit_of(recipe, number) if "result" in last_written(recipe) else {}),
             },
         )
         for number, caption in enumerate(CAPTIONS)
     ]
+
+
+def edit_of(recipe: Recipe, number: int) -> dict[str, object]:
+    """The sample's picture becomes that of the next one."""
+    following = (number + 1) % len(CAPTIONS)
+    told = {"instruction": f"now {CAPTIONS[following]}", "source": painted(number), "result": painted(following)}
+    return told | content_of(recipe, number, "source") | content_of(recipe, following, "result")
 
 
 def pictures_of(world: World, recipe: Recipe) -> list[np.ndarray]:
@@ -95,10 +103,13 @@ def first_phase_only(recipe: Recipe, **keys: object) -> list[str]:
 
 def last_written(recipe: Recipe) -> set[str]:
     """The fields that the recipe's tasks are asked for."""
-    targets = [
-        [segment.fields for segment in task.flat() if segment.role == Role.TARGET and segment.fields] for task in recipe.tasks.values()
-    ]
-    return {fields[-1][-1] for fields in targets if fields}
+    return {field for task in recipe.tasks.values() for field in last_field(task)}
+
+
+def last_field(task: Task) -> set[str]:
+    """The field that a task is asked for, if any."""
+    targets = [segment.fields for segment in task.flat() if segment.role == Role.TARGET and segment.fields]
+    return {targets[-1][-1]} if targets else set()
 
 
 def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
@@ -121,7 +132,7 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
 
     assert [entry.key for entry in written] == [entry.key for entry in world.samples]
     told = last_written(recipe)  # some systems only draw
-    assert told <= {"caption", "answer", "image"}
+    assert told <= {"caption", "answer", "image", "result"}
     if "caption" in told:
         assert not mistakes([entry.fields["sample.caption"] for entry in written], CAPTIONS)
     if "answer" in told:
@@ -136,6 +147,10 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     if continuous:
         scores = [psnr(own, expected) for own, expected in zip(pictures, truth, strict=True)]
         assert min(scores) > apart + 6, (scores, apart)
+        if "result" in told:
+            edited = [entry.fields["sample.result"] for entry in written]
+            scores = [psnr(own, expected) for own, expected in zip(edited, truth[1:] + truth[:1], strict=True)]
+            assert min(scores) > apart + 6, (scores, apart)
     else:
         assert apart < 40  # pictures of different codes do look different
         assert all(np.array_equal(own, expected) for own, expected in zip(pictures, truth, strict=True))
