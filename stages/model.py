@@ -169,7 +169,7 @@ class Model(nn.Module):
         rows = torch.cat([rows.rows for rows in entering.values()] + [rows.time_rows for rows in timed.values()])  # type: ignore[misc]
         vectors = torch.cat(
             [self.embed_rows(name, rows) for name, rows in entering.items()]
-            + [self.ports[name].timestep(rows.segment_times()) for name, rows in timed.items()]  # type: ignore[operator,union-attr]
+            + [self.ports[name].timestep(rows.segment_times()) for name, rows in timed.items()]  # type: ignore[operator]
         )
         return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, rows, vectors).reshape(b, length, -1)
 

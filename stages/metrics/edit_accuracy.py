@@ -1,7 +1,8 @@
 """Did an edit do what its instruction says, and nothing else? The exact reader on the edited picture, against the scene before and after.
 
 `changed`: everything at the places that the edit touches is as it should be. `kept`: of the objects it does not touch, those still as
-they were. Both are needed: copying the source keeps all and changes nothing. A picture the reader does not believe counts as empty.
+they were. Both are needed: copying the source keeps all and changes nothing. A picture the reader does not believe has done and kept
+nothing, not even where something was to be removed.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ class EditAccuracy:
         drawn, afters = [scene for scene, _ in seen], [after for _, after in expected]
         protocol: dict[str, Any] = reader_protocol(afters)
         done = [
-            all(made.by_place.get(place) == after.by_place.get(place) for place in touched(before, after))
-            for (before, after), made in zip(expected, drawn, strict=True)
+            valid and all(made.by_place.get(place) == after.by_place.get(place) for place in touched(before, after))
+            for (before, after), (made, valid) in zip(expected, seen, strict=True)
         ]
         untouched = [[entry for entry in before.objects if after.by_place.get(entry.place) == entry] for before, after in expected]
         kept = [sum(made.by_place.get(e.place) == e for e in entries) for entries, made in zip(untouched, drawn, strict=True)]

@@ -221,7 +221,8 @@ class Planner:
             group=spec.group if spec.cond_dropout_prob else "",
             in_table=port.enters == "sequence",
             timed=port.timestep == "token",
-            **self._sight(spec.port),
+            port_number=self.port_number(spec.port),
+            hidden_from=self._hidden_from(spec.port),
         )
         before, after = self.marker(port, spec, "before"), self.marker(port, spec, "after")
         if before is not None:
@@ -230,10 +231,9 @@ class Planner:
         rows = [segment] if end_of_row is None else with_ends(segment, end_of_row)
         return [part for part in (before, *rows, after) if part is not None]
 
-    def _sight(self, name: str) -> dict[str, int]:
-        """Which port's rows a segment's are, and which ports never see them."""
-        hidden = sum(1 << self._numbers[other] for other in self.recipe.ports[name].hidden_from)
-        return {"port_number": self._numbers[name], "hidden_from": hidden}
+    def _hidden_from(self, name: str) -> int:
+        """The ports that never see a port's rows, a bit for each."""
+        return sum(1 << self._numbers[other] for other in self.recipe.ports[name].hidden_from)
 
     def port_number(self, name: str) -> int:
         """A port's place in the recipe, by which rows are hidden from it."""
@@ -258,7 +258,8 @@ class Planner:
             expert=self._expert(text_port),
             merge=(spec.merge if side == "before" else True) if inside else False,
             field=name,
-            **self._sight(text),
+            port_number=self.port_number(text),
+            hidden_from=self._hidden_from(text),
         )
 
     def text_port(self, port: Port) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from stages.parts.config import PartConfig
-from stages.parts.encoders.clip import Activation, ClipBlock
+from stages.parts.encoders.clip import Activation, ClipBlock, TowerConfig
 from stages.parts.layers import LayerNorm, RMSNorm, init_linear, sincos_2d
 from stages.parts.pictures import Grid, through_pictures
 
@@ -39,7 +39,8 @@ class DualPath(nn.Module):
         super().__init__()
         self.config = config
         self.patch, self.low = nn.Linear(in_dim, config.width), nn.Linear(in_dim, out_dim)
-        self.blocks = nn.ModuleList(ClipBlock(config) for _ in range(config.depth))
+        tower = TowerConfig(**config.model_dump())
+        self.blocks = nn.ModuleList(ClipBlock(tower) for _ in range(config.depth))
         self.norm_out = LayerNorm(config.width, config.eps)
         self.norm = RMSNorm(config.width + out_dim)
         self.inner, self.outer = nn.Linear(config.width + out_dim, out_dim), nn.Linear(out_dim, out_dim)
