@@ -452,6 +452,12 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.markers.row:
             _check_rows(here, port)
+        for role in ("connector", "head"):
+            part = getattr(port, role)
+            if getattr(part, "for_pictures", False) and port.content != Content.LATENTS:
+                raise RecipeError(
+                    f"{here}.{role}: '{part.kind}' looks at the rows and columns of latents, not of {port.content}", hint="linear"
+                )
         for other in port.hidden_from:
             _known(other, recipe.ports, f"{here}.hidden_from")
             if other == name:

@@ -2,7 +2,7 @@
 latents, arXiv:2411.07975, section 3.2)."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -15,6 +15,8 @@ from stages.parts.pictures import Grid, as_maps, as_tokens, through_pictures
 
 class ConvNeXtConfig(PartConfig):
     """`depth` blocks `dim` channels wide, the network's width unless written."""
+
+    for_pictures: ClassVar[bool] = True
 
     kind: Literal["convnext"] = "convnext"
     depth: int = Field(default=2, ge=1)

@@ -4,7 +4,7 @@ The semantic path is a tower of SigLIP's blocks over a picture's patches, each s
 Side by side they pass an RMSNorm and an MLP.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from stages.parts.pictures import Grid, through_pictures
 
 class DualPathConfig(PartConfig):
     """Sizes of the semantic path, named as those of SigLIP's tower."""
+
+    for_pictures: ClassVar[bool] = True
 
     kind: Literal["dual-path"] = "dual-path"
     width: int = Field(ge=4)

@@ -1,7 +1,7 @@
 """A head that mirrors the `convnext` connector: norm, one matrix, ConvNeXt blocks over each picture, one matrix (JanusFlow's light decoder,
 arXiv:2411.07975, section 3.2)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Generator, Tensor, nn
@@ -14,6 +14,8 @@ from stages.parts.pictures import Grid
 
 class ConvNeXtHeadConfig(PartConfig):
     """`depth` blocks `dim` channels wide, the network's width unless written."""
+
+    for_pictures: ClassVar[bool] = True
 
     kind: Literal["convnext"] = "convnext"
     depth: int = Field(default=2, ge=1)

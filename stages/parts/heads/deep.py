@@ -4,7 +4,7 @@ arXiv:2506.15564, section 3.1; the modulation is DiT's adaLN-zero, arXiv:2212.09
 Shapes: s pictures of one grid · l tokens · d width.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from stages.parts.pictures import Grid, first_of_each, through_pictures
 
 class DeepHeadConfig(PartConfig):
     """`depth` modulated blocks at the network's width, then a modulated linear layer."""
+
+    for_pictures: ClassVar[bool] = True
 
     kind: Literal["deep"] = "deep"
     depth: int = Field(default=10, ge=1)
