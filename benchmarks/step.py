@@ -6,8 +6,8 @@
 once from shards (planning and packing included, as in a run) and once over batches packed before. The plain side is written out below:
 a decoder with its own rotary embedding and `scaled_dot_product_attention`, logits for every row, a dense float mask where there are
 pictures, gradient clipping, fused AdamW. *Sampling* is greedy text over a key/value cache, for 1 and for 16 prompts; the plain side
-preallocates its cache and needs no mask, since all its rows are equally long; mmgen's weights are stored by column
-(`store_by_column`). `--peer` adds `generate` of transformers' Llama.
+preallocates its cache and needs no mask, since all its rows are equally long; mmgen's weights are laid out for sampling (`prepare`).
+`--peer` adds `generate` of transformers' Llama, with either kind of cache.
 
 Both sides hold the same weights and must find the same loss and the same tokens, or the run fails. Sides take turns; each ratio is
 the median over pairs of neighbours, of wall-clock and of processor time. The latter is the one to read on a busy machine.
@@ -15,6 +15,7 @@ the median over pairs of neighbours, of wall-clock and of processor time. The la
 
 import argparse
 import itertools
+import os
 import random
 import shutil
 import statistics
@@ -31,7 +32,7 @@ from torch import Generator, Tensor, nn
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
-from stages.decoding import Prompt, Session, store_by_column
+from stages.decoding import Prompt, Session, prepare
 from stages.model import Model, build_model, set_trainable
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
@@ -323,8 +324,8 @@ def our_writing(world: World, model: Model, prompts: Tensor, count: int) -> Tens
     return torch.tensor(ids)
 
 
-def llama(world: World, model: Model) -> Callable[[Tensor, int], Tensor]:
-    """transformers' Llama with the same weights."""
+def llama(world: World, model: Model) -> Callable[[Tensor, int, str], Tensor]:
+    """transformers' Llama with the same weights; called with prompts, a count of tokens and the kind of cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = world.recipe.backbones["lm"]
@@ -358,10 +359,10 @@ def llama(world: World, model: Model) -> Callable[[Tensor, int], Tensor]:
             weights[layer + ("self_attn.o_proj" if "out" in name else "mlp.down_proj") + ".weight"] = value
     network.load_state_dict(weights)
 
-    def write(prompts: Tensor, count: int) -> Tensor:
+    def write(prompts: Tensor, count: int, cache: str) -> Tensor:
         with torch.inference_mode():
-            mask = torch.ones_like(prompts)
-            return network.generate(prompts, attention_mask=mask, max_new_tokens=count, do_sample=False)[:, prompts.shape[1] :]
+            asked = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": count, "cache_implementation": cache}
+            return network.generate(prompts, do_sample=False, **asked)[:, prompts.shape[1] :]
 
     return write
 
@@ -392,7 +393,7 @@ def take_turns(sides: dict[str, Callable[[], object]], rounds: int) -> Turns:
 
 
 def show(title: str, turns: Turns, tokens: int) -> None:
-    print(title)
+    print(f"{title}; load {os.getloadavg()[0]:.1f}")
     for name in turns.wall:
         line = f"  {name:<28}{tokens / statistics.median(turns.wall[name]):>9,.0f} tokens/s"
         if name.startswith("mmgen"):
@@ -453,7 +454,7 @@ def check_losses(batch: Batch, model: Model, network: Plain, kind: str) -> None:
 
 
 def compare_sampling(world: World, size: str, b: int, tokens: int, rounds: int, *, peer: bool) -> None:
-    model, network = store_by_column(build_model(world.recipe, 0).eval()), Plain(**SIZES[size]).eval()
+    model, network = prepare(build_model(world.recipe, 0).eval()), Plain(**SIZES[size]).eval()
     network.take(model)
     prompts = torch.randint(3, world.tokenizer.vocab_size, (b, PROMPT_TOKENS), generator=Generator().manual_seed(0))
     sides: dict[str, Callable[[], object]] = {
@@ -462,7 +463,8 @@ def compare_sampling(world: World, size: str, b: int, tokens: int, rounds: int, 
     }
     if peer:
         write = llama(world, model)
-        sides["transformers generate"] = lambda: write(prompts, tokens)
+        sides["generate, dynamic cache"] = lambda: write(prompts, tokens, "dynamic")
+        sides["generate, static cache"] = lambda: write(prompts, tokens, "static")
     reference = network.write(prompts, tokens)
     for name, side in sides.items():
         assert torch.equal(side(), reference), f"{name} writes other tokens"  # type: ignore[arg-type]

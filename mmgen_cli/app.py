@@ -204,7 +204,7 @@ def align(
     loaded = load_recipe(recipe, size=size, sets=set)
     starts, tokenizers = o.pairs(init, "--init"), [resolve(spec) for spec in tokenizer or []]
     if dry_run:
-        print_plan(training_plan(loaded, "align", shards, out, tokenizers), as_json=json)
+        print_plan(training_plan(loaded, "align", shards, out, tokenizers, starts), as_json=json)
         return
     from stages.align import align as stage
 
@@ -252,7 +252,7 @@ def train_unified(
     loaded = load_recipe(recipe, size=size, sets=set)
     starts, tokenizers = o.pairs(init, "--init"), [resolve(spec) for spec in tokenizer or []]
     if dry_run:
-        print_plan(training_plan(loaded, "train-unified", shards, out, tokenizers), as_json=json)
+        print_plan(training_plan(loaded, "train-unified", shards, out, tokenizers, starts), as_json=json)
         return
     from stages.train_unified import train_unified as stage
 
@@ -275,6 +275,7 @@ def sample(
     prompt: o.Prompt = None,
     image: o.Image = None,
     num_samples: o.NumSamples = 1,
+    tools: o.Tools = None,
     save_files: o.SaveFiles = False,
     set: o.Settings = None,
     limit: o.Limit = None,
@@ -290,6 +291,10 @@ def sample(
     """Ask a model: every prompt is answered, and the answers are shards that keep the prompt's key, fields and truth.
 
     Outputs are written as sample.FIELD (sample.image.png, sample.answer.txt), beside the prompt they answer.
+
+    With --tools a model that writes tool calls is a controller: every call is checked and asked of the checkpoint that the file names for
+    the tool. sample.plan is what was written, sample.tools the record of the calls, those that went wrong with the reason,
+    sample.picture and sample.text the last that came of them.
     """
     if (prompts is None) == (prompt is None and image is None):
         raise UsageError("sample needs prompts: either PROMPT-SHARDS, or --prompt and --image", hint="`mmgen sample --help` has an example")
@@ -300,7 +305,7 @@ def sample(
 
     checkpoint = resolve(model)
     if dry_run:
-        print_plan(sample_plan(checkpoint, prompts, out, task or []), as_json=json)
+        print_plan(sample_plan(checkpoint, prompts, out, task or [], tools), as_json=json)
         return
     from stages.sample import sample as stage
 
@@ -316,6 +321,7 @@ def sample(
             image=image,
             save_files=save_files,
             num_samples=num_samples,
+            tools=tools,
         )
     give(written, as_json=json)
 

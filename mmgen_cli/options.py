@@ -110,6 +110,12 @@ Image = Annotated[
 ]
 NumSamples = Annotated[int, typer.Option("--num-samples", metavar="N", min=1, help="Samples per prompt.")]
 SaveFiles = Annotated[bool, typer.Option("--save-files", help="Also write every output as an ordinary file.")]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools", metavar="FILE", exists=True, dir_okay=False, help="A tools.toml: carry out the calls the model writes (docs/tools.md)."
+    ),
+]
 Reference = Annotated[
     str | None, typer.Option("--reference", metavar="SHARDS", help="Real samples, for metrics that compare distributions.")
 ]

@@ -20,11 +20,13 @@ def import_plan(name: str, source: str | None, out: str, arguments: Mapping[str,
     return {"stage": "import", "importer": name, **given, "arguments": {**arguments, **shared}, "out": out, "folder": _folder(out)}
 
 
-def training_plan(recipe: "Recipe", stage: "Stage", shards: str, out: str, tokenizers: Sequence[Path] = ()) -> Plan:
+def training_plan(
+    recipe: "Recipe", stage: "Stage", shards: str, out: str, tokenizers: Sequence[Path] = (), init: Mapping[str, str] | None = None
+) -> Plan:
     """What a training stage would do: resolved recipe, parts, shapes, parameter counts, tokens per sample, expected memory."""
     from stages.plan_run import plan_run
 
-    return plan_run(recipe, stage, shards, tokenizers) | {"out": out, "folder": _folder(out)}
+    return plan_run(recipe, stage, shards, tokenizers, init) | {"out": out, "folder": _folder(out)}
 
 
 def tokenize_plan(shards: str, tokenizers: Sequence[Path], out: str) -> Plan:
@@ -38,13 +40,14 @@ def tokenize_plan(shards: str, tokenizers: Sequence[Path], out: str) -> Plan:
     }
 
 
-def sample_plan(model: Path, prompts: str | None, out: str, tasks: Sequence[str]) -> Plan:
-    """What `sample` would do: which model, which prompts, which tasks."""
+def sample_plan(model: Path, prompts: str | None, out: str, tasks: Sequence[str], tools: Path | None = None) -> Plan:
+    """What `sample` would do: which model, which prompts, which tasks, which tools."""
     return {
         "stage": "sample",
         "model": _checkpoint(model),
         "prompts": _input(prompts) if prompts else "one, from --prompt and --image",
         "tasks": list(tasks) or "all whose context the prompts have",
+        **({"tools": _tools(tools)} if tools is not None else {}),
         "out": out,
         "folder": _folder(out),
     }
@@ -107,6 +110,14 @@ def _input(spec: str) -> Plan | str:
 
     splits = [(split or "all", open_shards(spec, split=split)) for split in split_folders(spec) or [None]]
     return {split: {"samples": len(shards), "fields": ", ".join(sorted(shards.fields))} for split, shards in splits}
+
+
+def _tools(file: Path) -> Plan:
+    """What can be called, and which checkpoint answers."""
+    from stages.tools.toolbox import open_tools
+
+    tools = open_tools(file).tools.values()
+    return {tool.name: {"reads": dict(tool.kinds), "writes": tool.gives, "task": tool.task, **_checkpoint(tool.folder)} for tool in tools}
 
 
 def _checkpoint(folder: Path) -> Plan:

@@ -17,10 +17,20 @@ from torch import Generator, Tensor, nn
 
 from stages.errors import RecipeError
 from stages.model import Model
-from stages.parts.backbones import Arrangement, KeyValueCache
+from stages.parts.backbones import Arrangement, KeyValueCache, Transformer
 from stages.parts.heads.linear import LinearHead
 from stages.parts.layers import unpatchify
-from stages.parts.samplers import AutoregressiveConfig, DenoiseSamplerConfig, Guide, MaskedConfig, SamplerConfig, sample_denoised
+from stages.parts.packed import pack_linears
+from stages.parts.samplers import (
+    AutoregressiveConfig,
+    DenoiseSamplerConfig,
+    Guide,
+    MaskedConfig,
+    NextScaleSamplerConfig,
+    RegressSamplerConfig,
+    SamplerConfig,
+    sample_denoised,
+)
 from stages.parts.samplers.noise import sample_generator, sample_normals, sample_uniforms
 from stages.parts.schedules import NOISE_SCHEDULES
 from stages.recipe import SegmentSpec
@@ -30,6 +40,7 @@ from stages.sequence.segment import Batch, Layout, PortRows, Segment
 
 UNIFORMS = 64  # random numbers drawn ahead for each sample, so that a decode step draws none
 FEW_ROWS = 8  # so few rows are decoded by one thread
+LARGEST_PACKED = 2**30  # bytes of weights
 WINDOW = 32  # columns whose masks and rotations are made at once, so that a decode step makes none
 
 
@@ -40,6 +51,16 @@ class Prompt:
     key: str
     stream: str
     passes: list[list[Segment]]
+    joins: str | None = None  # in whose table what is written first belongs to the block before it, which sees itself whole
+
+
+@dataclass
+class Stand:
+    """How far the rows of one network have come: its cache, a cursor a row, and the hidden row after each row's last token."""
+
+    cache: KeyValueCache
+    cursors: list[Cursor]
+    last: Tensor
 
 
 class Session:
@@ -51,28 +72,95 @@ class Session:
         self.b, self.passes = len(prompts), len(guide.drops)
         self.device = next(model.parameters()).device
         rows = [prompts[i].passes[p] for p in range(self.passes) for i in range(self.b)]
-        self.cursors = [Cursor() for _ in rows]
-        self.last = torch.zeros(len(rows), model.backbone.config.width, device=self.device)
-        width = max(sum(len(segment) for segment in row) for row in rows)
-        empty, _ = continue_rows([[] for _ in rows], self.cursors)
-        dtype = next(model.backbone.parameters()).dtype
-        self.cache = KeyValueCache(model.backbone.config, empty.layout.to(self.device), width + capacity, dtype)
-        self.write(rows)
+        self.networks = list(model.recipe.backbones) if len(model.recipe.backbones) > 1 else [""]
+        self.network = self.networks[0]  # the one that is being written with
+        self.stands = {name: self._stand(name, rows, capacity) for name in self.networks}
+        self.between = {port for other in model.recipe.ports.values() for port in other.of}
+        self.kept: list[list[tuple[str, Tensor]]] = [[] for _ in rows]  # hidden rows that another network reads, by port
+        closed, self.open = split_open(rows, prompts[0].joins)
+        self.write(closed)
 
-    # the network
+    # the networks
+
+    def _stand(self, name: str, rows: Sequence[Sequence[Segment]], capacity: int) -> Stand:
+        network = self.model.network(name)
+        cursors = [Cursor() for _ in rows]
+        width = max(sum(len(segment) for segment in row if segment.network == name) for row in rows)
+        empty, _ = continue_rows([[] for _ in rows], cursors)
+        dtype = next(network.parameters()).dtype
+        cache = KeyValueCache(network.config, empty.layout.to(self.device), width + capacity, dtype)
+        return Stand(cache, cursors, torch.zeros(len(rows), network.config.width, device=self.device))
+
+    @property
+    def backbone(self) -> Transformer:
+        return self.model.network(self.network)
+
+    @property
+    def cache(self) -> KeyValueCache:
+        return self.stands[self.network].cache
+
+    @property
+    def cursors(self) -> list[Cursor]:
+        return self.stands[self.network].cursors
+
+    @cursors.setter
+    def cursors(self, cursors: list[Cursor]) -> None:
+        self.stands[self.network].cursors = cursors
+
+    @property
+    def last(self) -> Tensor:
+        return self.stands[self.network].last
+
+    @last.setter
+    def last(self, last: Tensor) -> None:
+        self.stands[self.network].last = last
 
     def write(self, rows: Sequence[Sequence[Segment]]) -> None:
-        """Append given segments, a list for each row, and remember the hidden row after them."""
-        batch, moved = continue_rows(rows, self.cursors)
+        """Append given segments, a list for each row, and remember the hidden row after them. Networks take their own, in their order."""
+        writing = self.network
+        for name in self.networks:
+            self.network = name
+            self._write_own([[segment for segment in row if segment.network == name] for row in rows])
+        self.network = writing
+
+    def _write_own(self, rows: Sequence[Sequence[Segment]]) -> None:
+        batch, moved = self.lay_out(rows)
         if not batch.layout.shape[1]:
             return
-        batch = batch.to(self.device)
-        hidden = self.model.hidden(batch, self.cache)
+        hidden = self.model.hidden(batch, self.cache, network=self.network)
         self.cache.commit(batch.layout)
+        self.last = self._last_of(hidden, rows)
+        self.cursors = moved
+        self._keep(hidden, rows)
+
+    def _last_of(self, hidden: Tensor, rows: Sequence[Sequence[Segment]]) -> Tensor:
+        """The hidden row after each row's last token, of those that have any."""
         lengths = torch.tensor([sum(len(segment) for segment in row) for row in rows], device=self.device)
         ends = (lengths - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[2])
-        self.last = torch.where((lengths > 0)[:, None], hidden.gather(1, ends).squeeze(1), self.last)
-        self.cursors = moved
+        return torch.where((lengths > 0)[:, None], hidden.gather(1, ends).squeeze(1), self.last)
+
+    # between networks
+
+    def lay_out(self, rows: Sequence[Sequence[Segment]]) -> tuple[Batch, list[Cursor]]:
+        """Segments of the network at hand behind what it has; hidden rows of others are those that were kept."""
+        read = [[self._filled(segment, kept) for segment in row] for row, kept in zip(rows, self.kept, strict=True)]
+        batch, moved = continue_rows(read, self.cursors)
+        return batch.to(self.device), moved
+
+    def _filled(self, segment: Segment, kept: Sequence[tuple[str, Tensor]]) -> Segment:
+        if not segment.of:
+            return segment
+        rows = torch.cat([rows for port, rows in kept if port in segment.of])[segment.skip :]
+        rows = rows[: len(segment)] if len(segment) else rows  # a segment of the prompt reads what stood before it there
+        return replace(segment, payload=rows, grid=(len(rows),))
+
+    def _keep(self, hidden: Tensor, rows: Sequence[Sequence[Segment]]) -> None:
+        for row, segments in enumerate(rows):
+            start = 0
+            for segment in segments:
+                if segment.port in self.between:
+                    self.kept[row].append((segment.port, hidden[row, start : start + len(segment)]))
+                start += len(segment)
 
     def repeat(self, rows: Sequence[Sequence[Segment]]) -> list[Sequence[Segment]]:
         """One list a sample → one list a row: every guidance pass is given the same."""
@@ -97,6 +185,7 @@ class Session:
         A stop token joins the context but is not returned; a switch token (the marker of a picture) does neither: who writes the
         picture writes its marker. Passes that drop the segment's group do not see it. Without `guide` the full condition decides.
         """
+        self.network = self.model.table_of(spec.port)
         generators = self.generators()
         self.cache.reserve(self._text_layout(spec.port, sampler.max_tokens))
         columns = self._columns(sampler.max_tokens)
@@ -145,14 +234,14 @@ class Session:
     def _columns(self, count: int) -> Iterator[Arrangement]:
         """The next `count` reserved columns, to be passed one by one; prepared a window at a time."""
         for start in range(0, count, WINDOW):
-            yield from self.model.backbone.arrange_columns(self.cache, min(WINDOW, count - start))
+            yield from self.backbone.arrange_columns(self.cache, min(WINDOW, count - start))
 
     def _step(self, name: str, ids: Tensor, column: Arrangement, on: Tensor, place: Tensor | None = None) -> None:
         """One more token of each sample joins every pass; rows that are not `on` keep their last hidden row. `place` (d,) is added."""
         ids = ids.repeat(self.passes) if self.passes > 1 else ids
         vectors = self.model.embed_ids(name, ids).unsqueeze(1)
         vectors = vectors if place is None else vectors + place
-        hidden = self.model.backbone(vectors, column, self.cache)
+        hidden = self.backbone(vectors, column, self.cache)
         self.cache.advance()
         self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
 
@@ -187,10 +276,11 @@ class Session:
     def write_picture(
         self, spec: SegmentSpec, sampler: SamplerConfig, grid: tuple[int, ...], active: Sequence[bool], *, commit: bool
     ) -> Tensor:
-        """Codes int64 (b, *grid) or latents (b, c, H, W) for each sample; rows of inactive samples mean nothing.
+        """Codes int64 (b, *grid), latents (b, c, H, W) or features (b, l, d) for each sample; rows of inactive samples mean nothing.
 
         commit: something is written after it, so the clean block joins the context, unless later blocks do not see it.
         """
+        self.network = self.model.table_of(spec.port)
         port = self.model.recipe.ports[spec.port]
         length = math.prod(grid)
         channels = None if port.is_ids else self.model.content_dim(port)
@@ -198,18 +288,23 @@ class Session:
         parts = self.planner.block(spec, payload, grid)
         if port.markers.row and isinstance(sampler, AutoregressiveConfig):
             return self._codes_row_by_row(spec.port, sampler, parts, active, commit=commit).reshape(self.b, *grid)
+        if isinstance(sampler, NextScaleSamplerConfig):
+            return self._codes_by_scale(spec.port, sampler, parts, active, commit=commit).reshape(self.b, *grid)
         core = next(part for part in parts if part.port == spec.port)
         before, after = parts[: parts.index(core)], parts[parts.index(core) + 1 :]
-        joint = bool(before) and core.merge and core.mask != "causal"  # markers inside a block that sees itself whole
+        joint = any(self.open) or (bool(before) and core.merge and core.mask != "causal")  # inside a block that sees itself whole
         if before and not joint:
             self.write(self.repeat([before if on else [] for on in active]))
         block = [*before, core, *after] if joint else [core]
-        batch, moved = continue_rows(self.repeat([block if on else [] for on in active]), self.cursors)
-        batch = batch.to(self.device)
+        rows = self.repeat([block if on else [] for on in active])
+        rows, self.open = [[*given, *row] for given, row in zip(self.open, rows, strict=True)], [[] for _ in rows]
+        batch, moved = self.lay_out(rows)
         if isinstance(sampler, AutoregressiveConfig):
             content = self._codes_in_order(spec.port, sampler, batch, length, active)
         elif isinstance(sampler, MaskedConfig):
             content = self._codes_in_rounds(spec.port, sampler, batch, length, active)
+        elif isinstance(sampler, RegressSamplerConfig):
+            content = self._features(spec.port, batch, length, active)
         elif isinstance(sampler, DenoiseSamplerConfig):
             content = self._latents(spec.port, sampler, batch, length, active)
         else:
@@ -218,12 +313,14 @@ class Session:
             if isinstance(sampler, AutoregressiveConfig):
                 self.cursors = moved
             elif not core.mask.is_isolated:
-                self._commit(spec.port, batch, content, active)
+                self._commit(spec.port, batch, content, active, rows)
                 self.cursors = moved
             if after and not joint:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
             return content.reshape(self.b, *grid)
+        if port.encoder:
+            return content.reshape(self.b, length, -1)
         return unpatchify(content.reshape(self.b, length, -1), (grid[0], grid[1]), port.patch_size)
 
     def _codes_in_order(self, name: str, sampler: AutoregressiveConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
@@ -257,6 +354,37 @@ class Session:
             self.cursors = moved
         return torch.cat(rows, dim=1)
 
+    def _codes_by_scale(
+        self, name: str, sampler: NextScaleSamplerConfig, parts: Sequence[Segment], active: Sequence[bool], *, commit: bool
+    ) -> Tensor:
+        """Codes (b, n): one pass a scale, which reads the sum of the scales before it and is kept, for training reads the same."""
+        quantizer = self.model.quantizer_of(name)
+        scales = [part for part in parts if part.port == name]
+        total = quantizer.codebook.new_zeros(self.b, quantizer.config.dim, *scales[-1].grid)
+        uniforms = sample_uniforms(self.generators(), (sum(map(len, scales)),), device=self.device)
+        uniforms_of = uniforms.split([len(scale) for scale in scales], dim=1)
+        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        codes: list[Tensor] = []
+        for part in parts:
+            given = self.repeat([[part] if on else [] for on in active])
+            if part.port != name:
+                if commit or not codes:
+                    self.write(given)
+                continue
+            batch, self.cursors = continue_rows(given, self.cursors)
+            batch = batch.to(self.device)
+            maps = self._rows_of(quantizer.map_for(total, (part.grid[0], part.grid[1])), active)
+            rows = with_values(batch.ports[name], maps, None)
+            hidden = self.model.hidden(replace(batch, ports={name: rows}), self.cache)
+            self.cache.commit(batch.layout)
+            self.last = torch.where(on[:, None], hidden[:, -1], self.last)
+            logits = self.model.predict(name, hidden.flatten(0, 1).index_select(0, rows.rows))
+            logits = logits.reshape(-1, len(part), logits.shape[1])
+            guided = torch.lerp(logits.chunk(self.passes)[0], self.guided(logits), sampler.strength(part.scale, len(scales)))
+            codes.append(sampler.choose(self._per_sample(guided, active), uniforms_of[part.scale]))
+            total = total + quantizer.part(codes[-1], part.scale, (part.grid[0], part.grid[1]), (total.shape[2], total.shape[3]))
+        return torch.cat(codes, dim=1)
+
     def _codes_in_rounds(self, name: str, sampler: MaskedConfig, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
         """Parallel decoding: each round sees the whole block over the cached prefix."""
         mask_id = self.model.slices[name].size
@@ -286,6 +414,12 @@ class Session:
             sampler, denoise, noise, schedule, objective.predict, timestep_shift=objective.timestep_shift, generators=generators
         )
 
+    def _features(self, name: str, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """What stands at placeholders, in one pass."""
+        numbers = torch.arange(length, device=self.device).repeat(self.b, 1)
+        output = self._run_block(name, batch, self._places(batch), self._rows_of(numbers, active), None)
+        return self._per_sample(self.guided(output.reshape(-1, length, output.shape[-1])), active)
+
     def _rows_of(self, values: Tensor, active: Sequence[bool]) -> Tensor:
         """(b, n, ...) per sample → (rows that own tokens, ...) in table order, once for every pass."""
         on = values[torch.tensor(list(active), device=values.device)]
@@ -301,21 +435,33 @@ class Session:
 
     def _places(self, batch: Batch) -> Arrangement:
         """What all passes over one block share."""
-        return self.model.backbone.arrange(batch.layout, self.cache, self.cache.keys[0].dtype)
+        return self.backbone.arrange(batch.layout, self.cache, self.cache.keys[0].dtype)
 
     def _run_block(self, name: str, batch: Batch, places: Arrangement, values: Tensor, t: float | None) -> Tensor:
         """One uncommitted pass over a block with other values in its port's rows: predictions (rows, ...) of that port."""
         rows = with_values(batch.ports[name], values, t)
-        vectors = self.model.embed(replace(batch, ports={**batch.ports, name: rows}))
-        hidden = self.model.backbone(vectors, places, self.cache)
+        shown = replace(batch, ports={**batch.ports, name: rows})
+        vectors, noise = self.model.embed(shown, self.network), self.model.noise(shown, self.network)
+        hidden = self.backbone(vectors, places, self.cache, noise=noise)
         return self.model.predict(name, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows), rows=rows)
 
-    def _commit(self, name: str, batch: Batch, content: Tensor, active: Sequence[bool]) -> None:
+    def _commit(self, name: str, batch: Batch, content: Tensor, active: Sequence[bool], written: Sequence[Sequence[Segment]]) -> None:
         rows = with_values(batch.ports[name], self._rows_of(content.reshape(self.b, -1, *batch.ports[name].values.shape[1:]), active), 0.0)
-        hidden = self.model.hidden(replace(batch, ports={**batch.ports, name: rows}), self.cache)
+        hidden = self.model.hidden(replace(batch, ports={**batch.ports, name: rows}), self.cache, network=self.network)
         self.cache.commit(batch.layout)
-        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
-        self.last = torch.where(on[:, None], hidden[:, -1], self.last)
+        self.last = self._last_of(hidden, written)
+
+
+def split_open(rows: Sequence[Sequence[Segment]], network: str | None) -> tuple[list[list[Segment]], list[list[Segment]]]:
+    """Each row's segments without the last block of one network, and that block: it cannot be run before the rest of it is there."""
+    closed, last = [], []
+    for row in rows:
+        own = [place for place, segment in enumerate(row) if segment.network == network]
+        count = next((n + 1 for n, place in enumerate(reversed(own)) if not row[place].merge), len(own))
+        block = own[len(own) - count :]
+        closed.append([segment for place, segment in enumerate(row) if place not in block])
+        last.append([row[place] for place in block])
+    return closed, last
 
 
 def with_values(rows: PortRows, values: Tensor, t: float | None) -> PortRows:
@@ -350,4 +496,19 @@ def store_by_column(model: Model) -> Model:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | LinearHead) and isinstance(weight, nn.Parameter) and weight.shape[0] > weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
+    return model
+
+
+def prepare(model: Model) -> Model:
+    """Lay the weights of a model that will only answer on a CPU out for its products: by column for one row, packed for several.
+
+    A packed weight is a second copy, so that only networks are packed whose copy is small beside what a machine has.
+    """
+    store_by_column(model)
+    if sum(parameter.nbytes for parameter in model.parameters()) <= LARGEST_PACKED:
+        for backbone in model.backbones.values():
+            pack_linears(backbone)
+        for module in model.modules():
+            if isinstance(module, LinearHead):
+                module.pack()
     return model

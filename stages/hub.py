@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SCHEME = "hf://"
-WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # a file by its name is fetched whatever it is; who reads it runs nothing
+WEIGHTS = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".gguf",
+)  # a file by its name is fetched whatever it is; who reads it runs nothing
 NEVER = ["state/*", ".mmgen/*", ".*.tmp", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.bin", "*.ckpt"]  # training state, and what may hold code
 
 

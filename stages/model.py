@@ -17,7 +17,10 @@ from torch import Generator, Tensor, nn
 from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
+from stages.parts.connectors.queries import Queries
+from stages.parts.connectors.scales import accumulated_maps
 from stages.parts.layers import TimestepEmbedding, sincos_2d
+from stages.parts.quantizers import MultiScaleVQ
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
 
@@ -67,11 +70,16 @@ class PortModule(nn.Module):
 
 
 class Model(nn.Module):
-    """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here."""
+    """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here.
+
+    `quantizers`: those of autoencoders whose codes are read as sums of scales, by name, given after the model is built. They are no part
+    of it: not in its state dict, never trained, never sharded.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
+        self.quantizers: dict[str, MultiScaleVQ] = {}
         self.slices = vocabulary_slices(recipe)
         self.encoders = nn.ModuleDict({name: config.build(**_encoder_inputs(recipe, name)) for name, config in recipe.encoders.items()})
         self.backbones = nn.ModuleDict({name: config.build() for name, config in recipe.backbones.items()})
@@ -90,24 +98,39 @@ class Model(nn.Module):
             if piece.owner == name:
                 if port.connector is None:
                     raise RecipeError(f"ports.{name}.connector: ids need one", hint='connector = { kind = "embedding" }')
-                connector = port.connector.build(piece.total + (piece.mask >= 0), width)
+                if port.by_scale:
+                    quantizer: Any = self.recipe.autoencoders[port.autoencoder].quantizer  # type: ignore[attr-defined]
+                    connector = port.connector.build(quantizer.dim, width, quantizer.sides)
+                else:
+                    connector = port.connector.build(piece.total + (piece.mask >= 0), width)
                 head = port.head.build(width, piece.total, tied_to=connector) if port.head is not None else None
         else:
             in_dim = self.content_dim(port)
-            if port.connector is not None:
+            if port.content == Content.QUERIES:
+                connector = Queries(port.count, width)
+            elif port.objective is not None and port.objective.kind == "regress":
+                connector = Queries(self.num_features(port), width)
+            elif port.connector is not None:
                 connector = port.connector.build(in_dim, width)
             if port.head is not None:
                 head = port.head.build(width, in_dim)
-        timestep = TimestepEmbedding(width) if port.timestep != "none" else None
+        timestep = TimestepEmbedding(width) if port.timestep in ("add", "token") else None
         return PortModule(port, connector, head, timestep)
 
     def content_dim(self, port: Port) -> int:
         """Channels of one token of a port's content, before its connector."""
+        if port.of:
+            return self.recipe.backbones[backbone_of(self.recipe, self.recipe.ports[port.of[0]])].width
         if port.encoder:
             encoder: Any = self.encoders[port.encoder]
             return encoder.pooled_dim if port.select == "pooled" else encoder.out_dim
         channels = self.recipe.autoencoders[port.autoencoder].latent_channels if port.autoencoder else 3
         return channels * port.patch_size**2
+
+    def num_features(self, port: Port) -> int:
+        """How many tokens a port's encoder makes of a picture as its view shows it."""
+        config: Any = self.recipe.encoders[port.encoder]
+        return config.num_tokens(port.view.size, port.view.size)
 
     def init_weights(self, generator: Generator) -> None:
         """Every part that says how it starts, in a fixed order, from one generator."""
@@ -116,10 +139,19 @@ class Model(nn.Module):
 
     @property
     def backbone(self) -> Transformer:
-        network = next(iter(self.backbones.values()), None)
+        """The first network, which of most recipes is the only one."""
+        return self.network("")
+
+    def network(self, name: str) -> Transformer:
+        """The network whose table is called so in a batch: "" is the first."""
+        network = self.backbones[name] if name else next(iter(self.backbones.values()), None)
         if not isinstance(network, Transformer):
             raise RecipeError(f"recipe '{self.recipe.name}' has no sequence network")
         return network
+
+    def network_of(self, port: str) -> Transformer:
+        """The network that a port enters."""
+        return self.network(self.recipe.ports[port].backbone)
 
     # training
 
@@ -127,16 +159,20 @@ class Model(nn.Module):
         """One loss per port, one per objective that looks across samples, and those that parts of the network ask for (`auxiliary_weights`)."""
         noisy = self.corrupt(batch, generator)
         losses: dict[str, PortLoss] = {}
-        if batch.layout.sample_id.numel():
+        rows_of: dict[str, Tensor] = {}
+        for network in self.recipe.backbones:
+            name = network if network in noisy.layouts else ""
+            if name not in noisy.layouts or not noisy.layouts[name].sample_id.numel():
+                continue
             loads: list[Load] = []
-            hidden = self.hidden(noisy, loads=loads)
+            hidden = self.hidden(noisy, loads=loads, network=name, others=rows_of)
             if loads:  # training steps are taken by all ranks together, also by one that has no sample and looks on at another's
                 shared = balance(loads, everywhere=self.training, counted=batch.num_supervised > 0)
-                losses[f"{next(iter(self.backbones))}.balance"] = PortLoss(*shared)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            for name, rows in noisy.ports.items():
-                if rows.supervised is not None:
-                    losses[name] = self._supervise(name, rows, flat)
+                losses[f"{network}.balance"] = PortLoss(*shared)
+            rows_of[name] = hidden.reshape(-1, hidden.shape[-1])
+        for name, rows in noisy.ports.items():
+            if rows.supervised is not None:
+                losses[name] = self._supervise(name, rows, rows_of[self.table_of(name)])
         for name, objective in self.objectives.items():
             between = [address.removeprefix("ports.") for address in self.recipe.objectives[name].between]  # type: ignore[attr-defined]
             if all(port in noisy.ports for port in between):
@@ -144,11 +180,16 @@ class Model(nn.Module):
                 losses[name] = PortLoss(objective(first, second), 1)
         return losses
 
+    def table_of(self, port: str) -> str:
+        """What the table of a port's network is called in a batch."""
+        return self.recipe.ports[port].backbone if len(self.recipe.backbones) > 1 else ""
+
     def corrupt(self, batch: Batch, generator: Generator) -> Batch:
         """Each port's objective prepares its rows: what is hidden or noised, what is judged, where it is read."""
         prepared = {}
         for name, rows in batch.ports.items():
             objective = self.recipe.ports[name].objective
+            rows = self.encoded(name, rows) if objective is not None else rows
             if objective is None:
                 prepared[name] = rows
             elif objective.kind == "masked-token":
@@ -157,21 +198,59 @@ class Model(nn.Module):
                 prepared[name] = objective.corrupt(rows, generator)
         return replace(batch, ports=prepared)
 
-    def hidden(self, batch: Batch, cache: KeyValueCache | None = None, loads: list[Load] | None = None) -> Tensor:
-        """The backbone's last hidden rows (b, l, d), after its final norm."""
-        return self.backbone(self.embed(batch), batch.layout, cache, loads)
+    @torch.no_grad()
+    def encoded(self, name: str, rows: PortRows) -> PortRows:
+        """Pictures whose features are to be predicted, as those features: what is learned does not reach back into the encoder."""
+        if rows.values.dim() != 4 or not self.recipe.ports[name].encoder:
+            return rows
+        return replace(rows, values=self.encoders[self.recipe.ports[name].encoder](rows.values).tokens.flatten(0, 1))
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Every port's rows at their places: (b, l, d); padding is zero."""
-        b, length = batch.layout.shape
-        entering = {name: rows for name, rows in batch.ports.items() if self.recipe.ports[name].enters == "sequence"}
-        timed = {name: rows for name, rows in entering.items() if rows.time_rows is not None}
-        rows = torch.cat([rows.rows for rows in entering.values()] + [rows.time_rows for rows in timed.values()])  # type: ignore[misc]
-        vectors = torch.cat(
-            [self.embed_rows(name, rows) for name, rows in entering.items()]
-            + [self.ports[name].timestep(rows.segment_times()) for name, rows in timed.items()]  # type: ignore[operator]
-        )
-        return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, rows, vectors).reshape(b, length, -1)
+    def hidden(
+        self,
+        batch: Batch,
+        cache: KeyValueCache | None = None,
+        loads: list[Load] | None = None,
+        network: str = "",
+        others: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """One network's last hidden rows (b, l, d), after its final norm. others: those of networks that it reads, flat."""
+        layout = batch.layouts.get(network, batch.layout)
+        return self.network(network)(self.embed(batch, network, others), layout, cache, loads, self.noise(batch, network))
+
+    def noise(self, batch: Batch, network: str = "") -> Tensor | None:
+        """The noise level (b, l) of each token of a modulated network: the highest in its block, so that what belongs to a noisy
+        picture is told how noisy it is, and what is cached before it does not depend on it."""
+        if self.network(network).timestep is None:
+            return None
+        layout = batch.layouts.get(network, batch.layout)
+        levels = torch.zeros(layout.sample_id.numel(), device=layout.sample_id.device)
+        for name, rows in batch.ports.items():
+            if self._enters(name, network) and rows.timestep is not None:
+                levels = levels.index_copy(0, rows.rows, rows.timestep)
+        block = layout.sample_id * (layout.block_id.max() + 1) + layout.block_id  # padding is -1 in both
+        names, which = torch.unique(block.reshape(-1), return_inverse=True)
+        highest = torch.zeros(len(names), device=levels.device).scatter_reduce(0, which, levels, "amax")
+        return highest.index_select(0, which).reshape(layout.shape)
+
+    def embed(self, batch: Batch, network: str = "", others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The rows of every port of one network at their places: (b, l, d); padding is zero."""
+        b, length = batch.layouts.get(network, batch.layout).shape
+        ports = {name: rows for name, rows in batch.ports.items() if self._enters(name, network)}
+        for name, rows in ports.items():
+            if rows.source is not None and others is not None:
+                read = others[self.table_of(self.recipe.ports[name].of[0])]
+                ports[name] = replace(rows, values=read.index_select(0, rows.source))
+        vectors = [self.embed_rows(name, rows) for name, rows in ports.items()]
+        places = [rows.rows for rows in ports.values()]
+        for name, rows in ports.items():
+            if rows.time_rows is not None:
+                vectors.append(self.ports[name].timestep(rows.segment_times()))  # type: ignore[operator]
+                places.append(rows.time_rows)
+        both = torch.cat(vectors)
+        return both.new_zeros(b * length, both.shape[1]).index_copy(0, torch.cat(places), both).reshape(b, length, -1)
+
+    def _enters(self, port: str, network: str) -> bool:
+        return self.recipe.ports[port].enters == "sequence" and self.table_of(port) == network
 
     def embed_rows(self, name: str, rows: PortRows) -> Tensor:
         """One port's values → vectors (n, d)."""
@@ -181,7 +260,11 @@ class Model(nn.Module):
         if values.dim() == 4:  # pixels, one picture a segment: the encoder runs here, once
             values = self.encoders[port.encoder](values).tokens
             values = values.reshape(-1, values.shape[-1])
-        vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
+        if port.by_scale:
+            maps = values if values.is_floating_point() else accumulated_maps(self.quantizer_of(name), rows)
+            vectors = module.connector(maps, rows)
+        else:
+            vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
         if port.grid_embedding != "none":
             vectors = vectors + self.embed_places(name, rows.grids).to(vectors)
         if port.timestep == "add":
@@ -197,10 +280,17 @@ class Model(nn.Module):
         shared = torch.where(ids == piece.size, piece.mask, ids + piece.start) if piece.mask >= 0 else ids + piece.start
         return owner.connector(shared)
 
+    def quantizer_of(self, name: str) -> MultiScaleVQ:
+        """The frozen quantizer whose scales a port reads, where the model is."""
+        autoencoder = self.recipe.ports[name].autoencoder
+        if autoencoder not in self.quantizers:
+            raise RecipeError(f"ports.{name} reads sums of scales, and the model was not given the quantizer of autoencoders.{autoencoder}")
+        return self.quantizers[autoencoder].to(next(self.parameters()).device)
+
     def embed_places(self, name: str, grids: Iterable[tuple[int, ...]]) -> Tensor:
         """What a port adds to its tokens for their places in pictures of these grids: a fixed table (n, d), scaled to its contents."""
         scale = ID_PLACES if self.recipe.ports[name].is_ids else 1.0
-        return scale * torch.cat([sincos_2d(grid, self.backbone.config.width) for grid in grids])
+        return scale * torch.cat([sincos_2d(grid, self.network_of(name).config.width) for grid in grids])
 
     def predict(
         self, name: str, hidden: Tensor, *, whole: bool = False, rows: PortRows | None = None, picked: Tensor | None = None

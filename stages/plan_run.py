@@ -5,6 +5,7 @@ yet (no shards, no tokenizer for them) is said in a note, the rest is told all t
 """
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from stages.data.shards import Shards, open_shards
 from stages.drawing.example import Example, laid_open
 from stages.errors import MmgenError
 from stages.footprint import footprint
+from stages.hub import is_model
 from stages.model import meta_model
 from stages.recipe import Phase, Recipe, Stage
 from stages.sequence.pack import pack
 from stages.sequence.plan import MissingField, Planner
 from stages.sequence.segment import Sequence as Planned
+from stages.training.checkpoint import open_checkpoint
+from stages.training.released import Start, fill, open_starts
 from stages.training.stream import DEFAULT_BATCH_TOKENS, feasible_tasks, unused_tasks
 from stages.travelling import find_tokenizers, load_travelling
 
@@ -27,23 +31,37 @@ NUM_SAMPLES = 64  # enough to know the mean length of a task's samples
 Plan = dict[str, Any]
 
 
-def plan_run(recipe: Recipe, stage: Stage, shards: str | None = None, tokenizers: Sequence[Path] = ()) -> Plan:
+def plan_run(
+    recipe: Recipe, stage: Stage, shards: str | None = None, tokenizers: Sequence[Path] = (), init: Mapping[str, str] | None = None
+) -> Plan:
     """What a training stage would do with these shards, as one JSON object; `plan_text` makes it readable.
 
-    tokenizers: folders given with --tokenizer, asked before those that came with the shards. Raises what the run itself would raise for a
-    recipe without a phase for this stage, and for shards that do not exist or are no shards.
+    tokenizers: folders given with --tokenizer, asked before those that came with the shards. init: what is given with --init. Raises what
+    the run itself would raise for a recipe without a phase for this stage, for shards that do not exist or are no shards, and for starts
+    that are not there or do not fit.
     """
     phases = recipe.phases_for(stage) if recipe.phases else ()
     notes: list[str] = []
     data = open_data(shards, notes)
     planner: Planner | None = None
+    starts = (
+        open_here({**({} if "model" in (init or {}) else recipe.init_from), **(init or {})}, notes) if stage != "pretrain-tokenizer" else []
+    )
     if data is not None and stage != "pretrain-tokenizer":
         try:
-            recipe, travelling = load_travelling(recipe, find_tokenizers(recipe, tokenizers, data.tokenizers))
+            came_along = [path for start in starts if start.released is None for path in open_checkpoint(start.path).tokenizers.values()]
+            recipe, travelling = load_travelling(recipe, find_tokenizers(recipe, tokenizers, came_along, data.tokenizers))
             planner = Planner(recipe, travelling.text, dict(meta_model(recipe).encoders.items()))
             phases = recipe.phases_for(stage)
         except MmgenError as problem:
             notes.append(f"{problem.message}; {problem.hint}" if problem.hint else problem.message)
+    if starts and planner is None:
+        notes.append("whether the weights of --init fit is not known without the shards' tokenizers")
+    elif starts:
+        model = meta_model(recipe)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*which is a no-op")  # shapes are compared, weights that were read go nowhere
+            notes += [f"would start {fill(model, start, travelling.text)}" for start in starts]
     if stage == "pretrain-tokenizer" and not recipe.autoencoders:
         fields = [field for config in recipe.tokenizers.values() for field in config.fields if data is None or field in data.fields]
         notes.append(f"the text tokenizer learns from the fields {', '.join(fields) or '(these shards have none of its fields)'}")
@@ -64,6 +82,13 @@ def plan_run(recipe: Recipe, stage: Stage, shards: str | None = None, tokenizers
         "notes": list(dict.fromkeys(notes)),
         "resolved_recipe": recipe.to_toml(),
     }
+
+
+def open_here(init: Mapping[str, str], notes: list[str]) -> list[Start]:
+    """The starts that lie on this machine, shapes only; a dry run downloads nothing."""
+    remote = [address for address, spec in init.items() if is_model(spec)]
+    notes += [f"--init {address}={init[address]} is not looked at in a dry run" for address in remote]
+    return open_starts({address: spec for address, spec in init.items() if address not in remote}, shapes_only=True)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------------------
@@ -137,7 +162,8 @@ def first_sequences(recipe: Recipe, planner: Planner | None, data: Shards | None
     for task in dict.fromkeys(task for phase in phases for task in phase.tasks):
         if planner.can_plan(task, data.fields):
             opened = laid_open(recipe, planner, planner.plan(sample, task, random.Random(0)))
-            tables[task] = {"key": sample.key, "tokens": opened.length, "segments": segment_rows(opened)}
+            rows = [row for example in opened for row in segment_rows(example)]
+            tables[task] = {"key": sample.key, "tokens": sum(example.length for example in opened), "segments": rows}
     return tables
 
 
@@ -146,7 +172,7 @@ def segment_rows(opened: Example) -> list[Plan]:
     return [
         {
             "port": drawn.port,
-            "content": drawn.segment.field,
+            "content": drawn.segment.field or drawn.origin,
             "tokens": len(drawn.segment),
             "grid": list(drawn.segment.grid),
             "mask": str(drawn.segment.mask) if drawn.in_table else "",

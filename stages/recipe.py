@@ -21,16 +21,18 @@ from stages.errors import RecipeError, nearest
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
 from stages.parts.config import PartConfig, parse_part
-from stages.parts.connectors import CONNECTORS
+from stages.parts.connectors import CONNECTORS, EmbeddingScalesConfig
 from stages.parts.encoders import ENCODERS, EncoderConfig
 from stages.parts.heads import HEADS
 from stages.parts.objectives import OBJECTIVES, ROW_OBJECTIVES, RowObjective
+from stages.parts.quantizers import MultiScaleConfig
 from stages.parts.samplers import SAMPLERS, SamplerConfig
 from stages.parts.tokenizers import TOKENIZERS, TokenizerConfig
 from stages.parts.views import VIEWS
 from stages.sequence.segment import Content, MaskKind, PositionKind, Role
 
 RECIPES = Path(__file__).parent / "recipes"
+FROM_NO_FIELD = (Content.QUERIES, Content.HIDDEN)  # segments that are not filled with anything of the sample
 HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
@@ -95,6 +97,9 @@ class Port(Strict):
     encoder: str = ""
     autoencoder: str = ""
     select: Literal["tokens", "pooled"] = "tokens"
+    count: int = Field(default=0, ge=0)  # of queries
+    of: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()  # of hidden rows
+    skip_rows: int = Field(default=0, ge=0)  # of those, at the front
     view: Annotated[Any, _part(VIEWS)] = None
     patch_size: int = 1
     connector: Annotated[Any, _part(CONNECTORS)] = None
@@ -105,7 +110,7 @@ class Port(Strict):
     positions: PositionKind = PositionKind.SEQUENTIAL
     grid_embedding: Literal["none", "sincos-2d"] = "none"  # added to every token: where it stands in its picture
     expert: str = ""
-    timestep: Literal["none", "add", "token"] = "none"  # added to every token, or a row of its own before them
+    timestep: Literal["none", "add", "token", "modulation"] = "none"  # token: a row of its own before the others
     hidden_from: tuple[str, ...] = ()  # ports whose rows never see this port's
     markers: Markers = Markers()
     null_condition: Literal["remove", "hold", "empty", "pad"] = "remove"
@@ -114,6 +119,11 @@ class Port(Strict):
     @property
     def is_ids(self) -> bool:
         return self.content in (Content.TOKEN_IDS, Content.CODES)
+
+    @property
+    def by_scale(self) -> bool:
+        """Whether its pictures stand in the sequence scale by scale."""
+        return isinstance(self.connector, EmbeddingScalesConfig)
 
 
 class SegmentSpec(Strict):
@@ -156,6 +166,7 @@ class Task(Strict):
 
     segments: tuple[SegmentSpec | EachSpec, ...] = Field(min_length=1)
     objectives: tuple[str, ...] = ()
+    then: str = ""  # when sampling: the task that goes on with the features this one wrote
 
     def flat(self) -> Iterator[SegmentSpec]:
         for segment in self.segments:
@@ -462,6 +473,16 @@ def _check(recipe: Recipe) -> None:
             _known(other, recipe.ports, f"{here}.hidden_from")
             if other == name:
                 raise RecipeError(f"{here}.hidden_from: a port sees its own rows", hint='mask = "isolated" hides them from later blocks')
+        _check_between_networks(recipe, here, port)
+        regresses = port.objective is not None and port.objective.kind == "regress"
+        if regresses and (not port.encoder or port.tokenizer or port.connector is not None):
+            message = f'{here}: the objective "regress" is for features of pictures; learned rows stand for them, and no connector'
+            raise RecipeError(message, hint="encoder = …, and leave the connector out")
+        modulated = port.timestep == "modulation"
+        if modulated and recipe.backbones[backbone_of(recipe, port)].modulation == "none":
+            raise RecipeError(f"{here}.timestep: its network has no modulation", hint='modulation = "adaln-zero" on the network, or "add"')
+        if port.by_scale or (port.objective is not None and port.objective.kind == "next-scale"):
+            _check_scales(here, recipe, port)
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
         if (
@@ -497,7 +518,13 @@ def _check(recipe: Recipe) -> None:
         _known(name, recipe.ports, f"sample.{name}")
         objective = recipe.ports[name].objective
         sampler = recipe.sample[name].kind
-        fitting = {"next-token": ("autoregressive",), "masked-token": ("masked",), "denoise": ("euler", "ddim", "heun")}
+        fitting = {
+            "next-token": ("autoregressive",),
+            "masked-token": ("masked",),
+            "denoise": ("euler", "ddim", "heun"),
+            "regress": ("regress",),
+            "next-scale": ("next-scale",),
+        }
         if objective is None:
             raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
         if sampler not in fitting[objective.kind]:
@@ -506,6 +533,30 @@ def _check(recipe: Recipe) -> None:
                 hint=nearest("", fitting[objective.kind]),
             )
     _check_guidance(recipe)
+
+
+def _check_between_networks(recipe: Recipe, here: str, port: Port) -> None:
+    """Queries are learned rows; hidden rows are those of another network, which runs before this one."""
+    if port.content in FROM_NO_FIELD and (port.enters != "sequence" or port.objective is not None):
+        raise RecipeError(f'{here}: content "{port.content}" enters a sequence and is only read', hint="no objective")
+    if (port.content == Content.QUERIES) != bool(port.count):
+        raise RecipeError(f'{here}.count: content "queries" needs a number of them, and nothing else has one', hint="count = 64")
+    if port.content == Content.QUERIES and port.connector is not None:
+        raise RecipeError(f"{here}.connector: queries are learned at the network's own width", hint="leave it out")
+    if (port.content == Content.HIDDEN) != bool(port.of):
+        raise RecipeError(f'{here}.of: content "hidden" names the ports whose rows it reads, and nothing else does', hint='of = "queries"')
+    if not port.of:
+        return
+    if port.connector is None:
+        raise RecipeError(f"{here}.connector: hidden rows need one, from their network's width to this one's", hint='{ kind = "linear" }')
+    for name in port.of:
+        _known(name, recipe.ports, f"{here}.of")
+    networks = {backbone_of(recipe, recipe.ports[name]) for name in port.of}
+    order, own = list(recipe.backbones), backbone_of(recipe, port)
+    if len(networks) > 1 or any(recipe.ports[name].enters != "sequence" for name in port.of):
+        raise RecipeError(f"{here}.of: {', '.join(port.of)} are not rows of one network")
+    if order.index(networks.pop()) >= order.index(own):
+        raise RecipeError(f"{here}.of: it must read a network that stands before backbones.{own} in the file, where they run in order")
 
 
 def _check_rows(here: str, port: Port) -> None:
@@ -518,14 +569,45 @@ def _check_rows(here: str, port: Port) -> None:
         raise RecipeError(f"{here}.markers.row: the markers say where a row ends; positions and grid_embedding must not say it again")
 
 
+def _check_scales(here: str, recipe: Recipe, port: Port) -> None:
+    """A picture that is drawn scale by scale is shown to the network as the sum of its scales, each of which sees itself whole."""
+    if not port.by_scale:
+        raise RecipeError(f"{here}.connector: next-scale reads sums of scales", hint='connector = { kind = "embedding-scales" }')
+    if port.content != Content.CODES or port.enters != "sequence":
+        raise RecipeError(f'{here}.connector: "embedding-scales" takes codes of a sequence, not "{port.content}"')
+    if port.objective is not None and port.objective.kind != "next-scale":
+        raise RecipeError(f"{here}.objective: '{port.objective.kind}' does not go with \"embedding-scales\"", hint="next-scale")
+    if port.autoencoder in recipe.autoencoders:
+        quantizer = getattr(recipe.autoencoders[port.autoencoder], "quantizer", None)
+        if not isinstance(quantizer, MultiScaleConfig):
+            found = quantizer.kind if isinstance(quantizer, PartConfig) else "none"
+            raise RecipeError(
+                f"autoencoders.{port.autoencoder}.quantizer: {here} needs the codes of scales, found '{found}'", hint="multi-scale"
+            )
+    if port.mask != MaskKind.FULL:
+        raise RecipeError(f"{here}.mask: all codes of a scale are drawn at once, so it sees itself whole", hint='"full"')
+    if port.vocabulary:
+        raise RecipeError(f"{here}.vocabulary: an embedding of scales has no rows to share", hint="leave it out")
+    if port.grid_embedding != "none":
+        raise RecipeError(f"{here}.grid_embedding: an embedding of scales knows its places already", hint='"none"')
+    if port.markers.inside and (port.markers.before or port.markers.after):
+        raise RecipeError(f"{here}.markers.inside: each scale is a block of its own, markers stand outside", hint="inside = false")
+
+
 def _check_task(recipe: Recipe, name: str, task: Task) -> None:
     previous: SegmentSpec | None = None
     probabilities: dict[str, float] = {}
+    seen: set[str] = set()
     for segment in task.flat():
         here = f"tasks.{name}.segments"
         _known(segment.port, recipe.ports, f"{here}.port")
         port = recipe.ports[segment.port]
-        if bool(segment.field) == bool(segment.text):
+        if port.content in FROM_NO_FIELD:
+            if segment.field or segment.text:
+                raise RecipeError(f"{here}: '{segment.port}' ({port.content}) is made of no field and no text", hint="leave both out")
+            if port.of and not seen.intersection(port.of):
+                raise RecipeError(f"{here}: '{segment.port}' reads {' and '.join(port.of)}, which must stand before it")
+        elif bool(segment.field) == bool(segment.text):
             raise RecipeError(f"{here}: a segment has either a field or a text ({segment.port})")
         if segment.text and not port.tokenizer:
             raise RecipeError(f"{here}: a literal text needs a port with a tokenizer, '{segment.port}' has none")
@@ -537,6 +619,8 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
             if segment.role == Role.TARGET:
                 raise RecipeError(f"{here}: '{segment.port}' is a target, and <pad> in its place would be learned", hint='"empty"')
         mask = segment.mask or port.mask
+        if port.by_scale and (segment.merge or mask != MaskKind.FULL):
+            raise RecipeError(f"{here}: the scales of '{segment.port}' are blocks of their own", hint="leave out merge and mask")
         if previous is not None:
             before = previous.mask or recipe.ports[previous.port].mask
             if segment.merge and before != mask:
@@ -557,6 +641,13 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
         if segment.cond_dropout_prob and probabilities.setdefault(segment.group, segment.cond_dropout_prob) != segment.cond_dropout_prob:
             raise RecipeError(f"{here}: the drop group '{segment.group}' has two probabilities in one task")
         previous = segment
+        seen.add(segment.port)
+    if task.then:
+        _known(task.then, recipe.tasks, f"tasks.{name}.then")
+        written = [s for s in task.flat() if s.role == Role.TARGET and recipe.ports[s.port].content == Content.FEATURES]
+        encoders = {recipe.ports[s.port].encoder for s in written}
+        if not any(recipe.ports[s.port].encoder in encoders for s in recipe.tasks[task.then].flat() if s.role == Role.CONTEXT):
+            raise RecipeError(f"tasks.{name}.then: '{task.then}' reads no features that '{name}' writes")
     for objective in task.objectives:
         _known(objective, recipe.objectives, f"tasks.{name}.objectives")
 

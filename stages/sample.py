@@ -21,7 +21,7 @@ from stages import ranks
 from stages.data.sample import Sample, decode_image
 from stages.data.shards import Shards, ShardWriter, open_shards, stream_shards
 from stages.data.stream import spool_folder
-from stages.decoding import Prompt, Session, store_by_column
+from stages.decoding import Prompt, Session, prepare
 from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.hub import resolve
 from stages.options import RunOptions
@@ -31,8 +31,10 @@ from stages.parts.views.square import to_pixels
 from stages.recipe import EachSpec, Recipe, SegmentSpec, load_recipe
 from stages.run import Run
 from stages.sequence.pack import pack
-from stages.sequence.plan import Planner
+from stages.sequence.plan import Planner, features_field
 from stages.sequence.segment import Content, MaskKind, Role
+from stages.tools.controller import STEPS, Controller, planning_task, tally
+from stages.tools.toolbox import Toolbox, open_tools
 from stages.training.checkpoint import checkpoint_input, fingerprint, load_model
 from stages.training.loop import deterministic, resolve_device
 from stages.travelling import encode_picture, load_travelling
@@ -71,20 +73,26 @@ def sample(
     num_samples: int = 1,
     untrained: bool = False,
     likelihood: bool = False,
+    tools: Path | None = None,
 ) -> Path:
     """Write the answers of one checkpoint. Returns the folder of shards.
 
     tasks: default all that fit the prompts. sets: `sample.PORT.key=value`, how to sample; nothing else of a trained recipe can
     change. untrained: the same network with its initial weights, as a control. likelihood: also how well the model predicts the
     true texts of the prompts, as `sample.likelihood`.
+    tools: a file of tools (`stages.tools.toolbox`) that carry out the calls the model writes.
     """
     deterministic()
     device = resolve_device(options.device)
     folder = resolve(str(model))
+    box = open_tools(tools) if tools is not None else None
     writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained, likelihood=likelihood)
     source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options, out)
     first = source[0]
-    writer.choose_tasks(set(first.fields), given_prompt=prompts is None)
+    if box is not None:
+        writer.asked = [planning_task(writer.recipe, tasks)]
+    history = {STEPS} if box is not None else set()  # is not given: it happens
+    writer.choose_tasks(set(first.fields) | history, given_prompt=prompts is None)
     names = ", ".join(writer.tasks)
     identity = {
         "model": fingerprint(folder),
@@ -95,6 +103,10 @@ def sample(
     }
     inputs = [checkpoint_input(str(model), folder)]
     inputs += [{"path": prompts, "fingerprint": source.fingerprint, "provenance": source.provenance}] if isinstance(source, Shards) else []
+    tool_inputs = inputs_of_tools(box) if box is not None else []
+    if box is not None:
+        identity |= {"tools": box.fingerprint}
+    inputs += tool_inputs
     with Run(
         out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs
     ) as run:
@@ -103,7 +115,10 @@ def sample(
         count = min(len(source), options.limit or len(source))
         run.say(f"{writer.recipe.name}: {names} for {count:,} prompts" + (f", {num_samples} each" if num_samples > 1 else ""))
 
-        provenance = {"stage": "sample", "model": inputs[0], "prompts": inputs[1:], "seed": options.seed}
+        answer = writer.answer if box is None else Controller(writer, box, open_writers(box, str(device), options)).answer
+        given = [entry for entry in inputs[1:] if entry not in tool_inputs]
+        provenance = {"stage": "sample", "model": inputs[0], "prompts": given, "seed": options.seed}
+        provenance |= {"tools": tool_inputs} if box is not None else {}
         with ShardWriter(
             run.out,
             name="samples",
@@ -115,7 +130,7 @@ def sample(
             wait=ranks.wait,
         ) as shards:
             for part in shards.parts(count, GROUP):
-                for entry in writer.answer(list(good(source, part)), num_samples):
+                for entry in answer(list(good(source, part)), num_samples):
                     shards.write(entry)
                     if save_files:
                         save_pictures(entry, run.out / "files")
@@ -128,8 +143,20 @@ def sample(
                 run.say(source.write_bad_samples(run.meta))
         if run.streaming:
             stream_shards(run.out, sys.stdout.buffer)
-        run.finish("done", f"{count * num_samples:,} samples")
+        carried_out = f", {tally(open_shards(str(run.out)))}" if box is not None and run.rank == 0 else ""
+        run.finish("done", f"{count * num_samples:,} samples{carried_out}")
     return Path(out)
+
+
+def inputs_of_tools(box: Toolbox) -> list[dict[str, Any]]:
+    """The checkpoints of the tools as inputs of a run, one for each tool."""
+    return [checkpoint_input(tool.model, tool.folder, role=f"tool {name}") for name, tool in box.tools.items()]
+
+
+def open_writers(box: Toolbox, device: str, options: RunOptions) -> dict[str, "Writer"]:
+    """A writer for every tool; tools of the same checkpoint share one."""
+    opened = {folder: Writer(folder, device, options) for folder in dict.fromkeys(tool.folder for tool in box.tools.values())}
+    return {name: opened[tool.folder] for name, tool in box.tools.items()}
 
 
 def good(source: Shards | Sequence[Sample], part: range) -> Iterator[Sample]:
@@ -159,10 +186,11 @@ class Writer:
                 raise UsageError(f"--set {assignment}: only sample.* can change after training", hint="train again to change anything else")
         checkpoint, self.model = load_model(folder, device, untrained=untrained, seed=options.seed)
         if device == "cpu":
-            store_by_column(self.model)
+            prepare(self.model)
         self.config = checkpoint.config
         recipe, self.travelling = load_travelling(load_recipe(folder, sets=list(sets)), checkpoint.tokenizers, device)
         self.recipe: Recipe = recipe
+        self.model.quantizers = self.travelling.quantizers(recipe)
         self.planner = Planner(recipe, self.travelling.text, dict(self.model.encoders.items()))
         self.options, self.asked, self.likelihood = options, list(tasks), likelihood
         self.tasks: list[str] = []
@@ -182,7 +210,8 @@ class Writer:
         stores = [f".{autoencoder.store}" for autoencoder in self.recipe.autoencoders.values()]
         fields = fields | {name.removesuffix(store) for name in fields for store in stores if name.endswith(store)}  # codes will do
         learned = {task for phase in self.recipe.phases for task, weight in phase.tasks.items() if weight > 0}
-        candidates = self.asked or [name for name in self.recipe.tasks if name in learned and self.writes(name)]
+        follow = {task.then for task in self.recipe.tasks.values()}
+        candidates = self.asked or [name for name in self.recipe.tasks if name in learned and name not in follow and self.writes(name)]
         self.tasks = []
         for name in candidates:
             lacking = sorted(self.needs(name) - fields - (self.writes_first(name) if self.asked else set()))
@@ -226,18 +255,28 @@ class Writer:
                 outputs.setdefault((place, number), {}).update(fields)
         for place, entry in enumerate(group):
             for number in range(num_samples):
-                key = entry.key if num_samples == 1 else f"{entry.key}-s{number + 1}"
-                meta = entry.fields.get("meta", {})
-                about = {"prompt_key": entry.key, "seed": self.options.seed, "tasks": self.tasks, "number": number}
                 written = {f"sample.{name}": value for name, value in outputs[place, number].items()}
                 if self.likelihood:
                     written["sample.likelihood"] = self.likelihood_of(ready[place])
-                yield Sample(key, {**entry.fields, **written, "meta": {**(meta if isinstance(meta, dict) else {"prompt": meta}), **about}})
+                yield self.beside(entry, written, number, num_samples)
 
-    def with_contents(self, entry: Sample) -> Sample:
+    def beside(self, entry: Sample, written: dict[str, Any], number: int, num_samples: int) -> Sample:
+        """What was written for a prompt the number-th time, beside the prompt."""
+        key = entry.key if num_samples == 1 else f"{entry.key}-s{number + 1}"
+        meta = entry.fields.get("meta", {})
+        about = {"prompt_key": entry.key, "seed": self.options.seed, "tasks": self.tasks, "number": number}
+        return Sample(key, {**entry.fields, **written, "meta": {**(meta if isinstance(meta, dict) else {"prompt": meta}), **about}})
+
+    @torch.inference_mode()
+    def ask(self, prompts: Sequence[tuple[Sample, int]], task: str, *, record: int | None = None) -> list[dict[str, Any]]:
+        """What the model writes for each prompt (with its contents), the so-manieth time: field → text or picture."""
+        jobs = [Job(entry, task, number, record) for entry, number in prompts]
+        return [fields for start in range(0, len(jobs), GROUP) for fields in self.write(jobs[start : start + GROUP])]
+
+    def with_contents(self, entry: Sample, tasks: Sequence[str] | None = None) -> Sample:
         """A prompt with the codes or latents its tasks read, encoded here where the shards did not bring them."""
         fields = dict(entry.fields)
-        asked = self.recipe.tasks if self.tasks == [FREE] else self.tasks
+        asked = self.recipe.tasks if self.tasks == [FREE] else tasks or self.tasks
         for task in asked:
             for segment in self.recipe.tasks[task].flat():
                 port = self.recipe.ports[segment.port]
@@ -282,7 +321,7 @@ class Writer:
         prompts = []
         for job, (segments, _) in zip(jobs, contexts, strict=True):
             passes = [segments] + [self.planner.prompt(job.sample, job.task, record=job.record, drop=drop)[0] for drop in guide.drops[1:]]
-            prompts.append(Prompt(job.sample.key, job.stream, passes))
+            prompts.append(Prompt(job.sample.key, job.stream, passes, self.planner.joined(rest[0])))
         session = Session(self.model, self.planner, prompts, guide, self.capacity(rest, jobs), self.options.seed)
         fields: list[dict[str, Any]] = [{} for _ in jobs]
         stored: list[dict[str, Any]] = [{} for _ in jobs]  # the same as codes and latents, for what reads them again
@@ -305,10 +344,26 @@ class Writer:
                 continue
             session.guide = guide.after({spec.group for spec in flat[: flat.index(segment)]})
             content = session.write_picture(segment, sampler, self.grid(segment), everyone, commit=more)
-            for entry, kept, own, picture in zip(fields, stored, content, self.decode(port.autoencoder, content), strict=True):
-                entry[segment.field] = picture
-                kept[self.planner.field_of(segment)] = own.cpu().numpy()
-        return fields
+            if port.content == Content.FEATURES:
+                name, written = features_field(segment.field, port.encoder), list(content.float().cpu().numpy())
+            else:
+                name, written = segment.field, self.decode(port.autoencoder, content)
+                for kept, latents in zip(stored, content, strict=True):
+                    kept[self.planner.field_of(segment)] = latents.cpu().numpy()
+            for entry, own in zip(fields, written, strict=True):
+                entry[name] = own
+        return self._go_on(task.then, jobs, fields) if task.then else fields
+
+    def _go_on(self, task: str, jobs: Sequence[Job], fields: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The task that makes something of features: what it writes, beside all else that was written."""
+        following = [
+            replace(job, sample=replace(job.sample, fields={**job.sample.fields, **own}), task=task, record=None)
+            for job, own in zip(jobs, fields, strict=True)
+        ]
+        told = [
+            {name: value for name, value in own.items() if not isinstance(value, np.ndarray) or value.dtype == np.uint8} for own in fields
+        ]
+        return [{**own, **more} for own, more in zip(told, self.write(following), strict=True)]
 
     def _write_given(self, session: Session, segment: SegmentSpec, jobs: Sequence[Job], written: Sequence[dict[str, Any]]) -> None:
         """What stands between two things the model writes: a literal, a field of the prompt, or what it just wrote, to be read again."""
@@ -472,7 +527,9 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
                 continue
             for entry in writer.recipe.tasks[name].segments:
                 inner = entry.segments if isinstance(entry, EachSpec) else (entry,)
-                given = [s for s in inner if writer.recipe.ports[s.port].content == Content.TOKEN_IDS and s.role == Role.CONTEXT]
+                asked = writer.recipe.tasks[name].prompt_fields  # a caption that was a target in training too, where a picture follows it
+                words = [s for s in inner if writer.recipe.ports[s.port].content == Content.TOKEN_IDS]
+                given = [s for s in words if s.role == Role.CONTEXT or asked.issuperset(s.fields)]
                 texts = {f: prompt for s in given for f in s.fields}
                 if isinstance(entry, EachSpec):
                     targets = {f: "" for s in inner if s.role == Role.TARGET for f in s.fields}

@@ -74,8 +74,8 @@ def train_phases(
         spool=spool_folder(out),
         mixing=True,
     )
-    starts = open_starts({**recipe.init_from, **init})
-    filled = [start.address for start in starts]
+    starts = open_starts(init if "model" in init else {**recipe.init_from, **init})
+    filled = [start.filled for start in starts]
     came_along = [path for start in starts if start.released is None for path in open_checkpoint(start.path).tokenizers.values()]
     recipe, travelling = load_travelling(recipe, find_tokenizers(recipe, tokenizers, came_along, data.tokenizers))
     check_fingerprints(recipe, travelling, data)
@@ -91,6 +91,7 @@ def train_phases(
         copy_experts(model, filled)
         check_weights_come_from_somewhere(model, phases, filled)
         model.to(device)
+        model.quantizers = travelling.quantizers(recipe)
         planner = Planner(recipe, travelling.text, dict(model.encoders.items()))
         planner.trust_ids({name: entry.get("tokenizer") for name, entry in data.fields.items()})
         validation_data = open_validation(shards, val)
@@ -236,6 +237,9 @@ def picture_grids(recipe: Recipe, planner: Planner, data: Shards) -> dict[str, l
             shape = data.fields.get(planner.field_of(segment), {}).get("shape") if segment.field and port.autoencoder else None
             if port.objective is not None and shape and None not in shape:
                 grids[segment.port] = list(shape) if port.is_ids else [side // port.patch_size for side in shape[-2:]]
+            if port.objective is not None and port.encoder and port.view is not None:
+                encoder: Any = planner.encoders[port.encoder]
+                grids[segment.port] = [encoder.config.num_tokens(port.view.size, port.view.size)]
     return grids
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from stages.errors import UsageError
-from stages.parts.autoencoders import Autoencoder
+from stages.parts.autoencoders import Autoencoder, DiscreteAutoencoder
+from stages.parts.quantizers import MultiScaleVQ
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.parts.views.square import to_tensor
 from stages.recipe import Recipe
@@ -33,6 +34,15 @@ class Travelling:
         if name not in self._autoencoders:
             self._autoencoders[name] = load_autoencoder(self.folders[f"autoencoders.{name}"], self.device)
         return self._autoencoders[name]
+
+    def quantizers(self, recipe: Recipe) -> dict[str, MultiScaleVQ]:
+        """The quantizers that a model of this recipe reads codes with, frozen; the networks around them are let go."""
+        found: dict[str, MultiScaleVQ] = {}
+        for name in {port.autoencoder for port in recipe.ports.values() if port.by_scale}:
+            autoencoder = load_autoencoder(self.folders[f"autoencoders.{name}"], self.device)
+            assert isinstance(autoencoder, DiscreteAutoencoder) and isinstance(autoencoder.quantizer, MultiScaleVQ)  # the recipe's checks
+            found[name] = autoencoder.quantizer.eval().requires_grad_(False)
+        return found
 
     def fingerprints(self) -> dict[str, str]:
         return {address: fingerprint(folder) for address, folder in self.folders.items()}

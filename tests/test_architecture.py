@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("mmgen_cli", "stages") for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted((ROOT / "stages" / "recipes").rglob("*.toml"))
-FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report", "drawing")
+FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report", "drawing", "tools")
 BASICS = {"stages.errors", "stages.options", "stages.files", "stages.ranks"}  # what everybody may import
 
 

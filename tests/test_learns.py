@@ -20,13 +20,16 @@ from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
 from stages.metrics.psnr import psnr
 from stages.options import RunOptions
+from stages.parts.autoencoders import DiscreteConfig, ViT1DConfig
+from stages.parts.quantizers import MultiScaleConfig
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
-from stages.recipe import RECIPES, Recipe, Task, load_recipe
+from stages.recipe import RECIPES, Phase, Recipe, Task, load_recipe
 from stages.sample import sample
 from stages.sequence.pack import pack
 from stages.sequence.plan import Planner
 from stages.sequence.segment import Role
+from stages.tools.calls import Call, Reference, write_plan
 from stages.train_unified import train_unified
 from stages.training.checkpoint import load_autoencoder, load_model
 from stages.travelling import load_travelling
@@ -45,8 +48,11 @@ def content_of(recipe: Recipe, number: int, field: str = "image") -> dict[str, n
         if port.autoencoder:
             config = recipe.autoencoders[port.autoencoder]
             h, w = GRID[0] * port.patch_size, GRID[1] * port.patch_size
-            if config.codebook_size is not None:
-                fields[f"{field}.{config.store}"] = rng.integers(0, config.codebook_size, (h, w)).astype(np.int32)
+            if isinstance(config, DiscreteConfig):
+                shape = (config.num_latents,) if isinstance(config, ViT1DConfig) else (h, w)  # in an order, or a grid
+                if isinstance(config.quantizer, MultiScaleConfig):  # codes in a row are those of a square
+                    shape = config.quantizer.code_shape(config.quantizer.sides[-1], config.quantizer.sides[-1])
+                fields[f"{field}.{config.store}"] = rng.integers(0, config.quantizer.size, shape).astype(np.int32)
             else:
                 fields[f"{field}.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
     return fields
@@ -56,6 +62,19 @@ def painted(number: int) -> np.ndarray:
     """A picture of coloured blocks (32, 32, 3); no two numbers give the same."""
     rng = np.random.default_rng(number)
     return np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+
+
+def calls_of(recipe: Recipe, number: int, caption: str) -> dict[str, object]:
+    """A request and the calls that answer it, for a recipe that writes calls; one that sees is told nothing else."""
+    if not last_written(recipe) & {"plan", "call"}:
+        return {}
+    calls = [Call("draw", {"caption": caption}), Call("edit", {"image": Reference("step-1"), "instruction": f"make it {number}"})]
+    steps = [{"history": "no file", "call": str(calls[0])}, {"history": f"{number}_draw.png", "call": "done"}]
+    return {
+        "request": "what is this?" if recipe.encoders else f"draw {caption}, make it {number}",
+        "plan": write_plan(calls),
+        "steps": steps,
+    }
 
 
 def samples_for(recipe: Recipe) -> list[Sample]:
@@ -68,6 +87,7 @@ def samples_for(recipe: Recipe) -> list[Sample]:
                 "image": painted(number),  # most tasks read its codes or latents, which are of their own
                 **content_of(recipe, number),
                 **(edit_of(recipe, number) if "result" in last_written(recipe) else {}),
+                **calls_of(recipe, number, caption),
             },
         )
         for number, caption in enumerate(CAPTIONS)
@@ -92,13 +112,30 @@ def pictures_of(world: World, recipe: Recipe) -> list[np.ndarray]:
     return [to_pixels(picture) for picture in decoded]
 
 
-def first_phase_only(recipe: Recipe, **keys: object) -> list[str]:
-    """--set for a train-unified run of the recipe's first phase with these settings; later ones take no steps."""
-    first, *later = recipe.phases_for("train-unified")
-    if "batch_tokens" in keys and first.batch_size is not None:  # a recipe whose batches are counted in samples
-        keys["batch_size"] = 2 * len(CAPTIONS)
-        del keys["batch_tokens"]
-    return [f"phases.{first.name}.{key}={json.dumps(value)}" for key, value in keys.items()] + [f"phases.{p.name}.steps=0" for p in later]
+def shortened(recipe: Recipe, steps: int | None = None, **keys: object) -> list[str]:
+    """--set for a train-unified run with these settings. Of a recipe with one network only its first phase runs; where there are several,
+    each phase teaches another part. Without `steps`, as many as it takes to overfit."""
+    phases = recipe.phases_for("train-unified")
+    sets: list[str] = []
+    for number, phase in enumerate(phases):
+        own = dict(keys)
+        if "batch_tokens" in own and phase.batch_size is not None:  # a recipe whose batches are counted in samples
+            own["batch_size"] = 2 * len(CAPTIONS)
+            del own["batch_tokens"]
+        if number and len(recipe.backbones) < 2:
+            own = {"steps": 0}
+        else:
+            own["steps"] = steps or overfitting_steps(recipe, phase)
+        sets += [f"phases.{phase.name}.{key}={json.dumps(value)}" for key, value in own.items()]
+    return sets
+
+
+def overfitting_steps(recipe: Recipe, phase: Phase) -> int:
+    """A token takes few steps to learn by heart, a direction at every noise level many."""
+    objectives = {recipe.ports[segment.port].objective for task in phase.tasks for segment in recipe.tasks[task].flat()}
+    if any(objective is not None and objective.kind == "denoise" for objective in objectives):
+        return 2000 if len(recipe.backbones) < 2 else 800
+    return 300
 
 
 def last_written(recipe: Recipe) -> set[str]:
@@ -120,10 +157,9 @@ def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in UNIFIED])
 def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, size="tiny")
-    drawn = next(port for port in recipe.ports.values() if port.autoencoder)
-    continuous = recipe.autoencoders[drawn.autoencoder].codebook_size is None
-    steps = 2000 if continuous else 300
-    sets = first_phase_only(recipe, steps=steps, batch_tokens=512, lr_schedule="cosine")
+    drawn = next((port for port in recipe.ports.values() if port.autoencoder), None)
+    continuous = drawn is not None and recipe.autoencoders[drawn.autoencoder].codebook_size is None
+    sets = shortened(recipe, batch_tokens=512, lr_schedule="cosine")
     recipe = load_recipe(name, size="tiny", sets=sets)
     world = make_world(tmp_path / "world", recipe, samples_for(recipe))
     options = RunOptions(quiet=True, dtype="fp32", seed=1)
@@ -132,13 +168,21 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
 
     assert [entry.key for entry in written] == [entry.key for entry in world.samples]
     told = last_written(recipe)  # some systems only draw
-    assert told <= {"caption", "answer", "image", "result"}
+    assert told <= {"caption", "answer", "image", "result", "plan", "call"}
     if "caption" in told:
         assert not mistakes([entry.fields["sample.caption"] for entry in written], CAPTIONS)
     if "answer" in told:
         answers = [record["answer"] for entry in written for record in entry.fields["sample.qa"]]
         truths = [record["answer"] for entry in world.samples for record in entry.fields["qa"]]
         assert not mistakes(answers, truths)
+    if "plan" in told:
+        assert not mistakes([entry.fields["sample.plan"] for entry in written], [entry.fields["plan"] for entry in world.samples])
+    if "call" in told:
+        records = [record for entry in written for record in entry.fields["sample.steps"]]
+        assert not mistakes([r["call"] for r in records], [r["call"] for entry in world.samples for r in entry.fields["steps"]])
+    if drawn is None:  # a controller: others draw
+        assert told <= {"plan", "call"}
+        return
     assert "image" in told
 
     truth = pictures_of(world, recipe)

@@ -16,7 +16,7 @@ from worlds import World, make_world, mixed_recipe, planner_of, sample_of
 from stages.anatomy import weights_of
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
-from stages.errors import RecipeError
+from stages.errors import RecipeError, UsageError
 from stages.footprint import autoencoder_bytes, encoder_bytes, footprint, kept_by_autograd, transformer_bytes
 from stages.model import build_model, count_parameters
 from stages.parts.backbones import TransformerConfig
@@ -24,6 +24,7 @@ from stages.plan_run import plan_run, plan_text
 from stages.recipe import Recipe, load_recipe
 from stages.sequence.pack import pack
 from stages.sequence.segment import MaskKind, Segment, Sequence
+from stages.training.checkpoint import save_checkpoint
 from stages.training.stream import Stream
 
 
@@ -273,3 +274,23 @@ def test_a_frozen_encoder_keeps_nothing() -> None:
 
 def recipe_from_clip(frozen: list[str]) -> Recipe:
     return load_recipe("clip", size="tiny", sets=[f"phases.contrast.frozen={json.dumps(frozen)}"])
+
+
+def test_starts_are_looked_at(world: World, tmp_path: Path) -> None:
+    """A checkpoint that fits, one of another network, one that is not there, and one that would have to be fetched."""
+    recipe = world.recipe(mixed_recipe())
+    other = world.recipe(mixed_recipe("backbones.lm.width=36"))
+    for name, held in (("fits", recipe), ("narrow", other)):
+        save_checkpoint(tmp_path / name, held, build_model(held, 0).state_dict(), tokenizers=world.tokenizers)
+    before = files(tmp_path)
+
+    def notes(source: str) -> list[str]:
+        found: list[str] = plan_run(mixed_recipe(), "train-unified", str(world.shards), init={"backbones.lm": source})["notes"]
+        return [note for note in found if "backbones.lm" in note]
+
+    assert notes(str(tmp_path / "fits"))[0].startswith("would start backbones.lm")
+    assert notes("hf://org/name") == ["--init backbones.lm=hf://org/name is not looked at in a dry run"]
+    for source, told in (("narrow", "backbones.lm"), ("absent", "no such file or folder")):
+        with pytest.raises(UsageError, match=told):
+            notes(str(tmp_path / source))
+    assert files(tmp_path) == before

@@ -19,7 +19,7 @@ from stages.recipe import EachSpec, Recipe, SegmentSpec
 from stages.sequence.masks import may_attend
 from stages.sequence.pack import pack
 from stages.sequence.plan import PLACEHOLDER, Planner
-from stages.sequence.segment import Content, PositionKind, Role, Segment, Sequence
+from stages.sequence.segment import Batch, Content, PositionKind, Role, Segment, Sequence
 
 GRID = (3, 4)  # rows and columns of a picture's tokens: legible, and not square, so that no axis can be swapped unseen
 TEXTS: dict[str, Any] = {
@@ -82,7 +82,14 @@ class DrawnSegment:
     def fields(self) -> tuple[str, ...]:
         """The fields of a sample it is filled from; a literal text has none."""
         held = tuple(piece[1:-1] for piece in PLACEHOLDER.findall(self.segment.field))
-        return held or (() if any(self.labels) else (self.segment.field,))
+        return held or (() if any(self.labels) or not self.segment.field else (self.segment.field,))
+
+    @property
+    def origin(self) -> str:
+        """Where its content comes from, in words: its fields, another network's rows, or nothing but training."""
+        if self.segment.of:
+            return f"rows of {', '.join(self.segment.of)}"
+        return ", ".join(self.fields) or ("" if any(self.labels) else "learned")
 
     @property
     def clock(self) -> str:
@@ -96,9 +103,12 @@ class DrawnSegment:
 
 @dataclass(frozen=True)
 class Example:
-    """A task of a recipe, as the network sees the example: its segments in table order and who may attend to whom (l, l)."""
+    """A task of a recipe, as one network sees the example: its segments in table order and who may attend to whom (l, l).
+
+    network: its name, where the recipe has several."""
 
     task: str
+    network: str
     segments: tuple[DrawnSegment, ...]
     mask: tuple[tuple[bool, ...], ...]
     objectives: tuple[str, ...]
@@ -107,17 +117,22 @@ class Example:
     def length(self) -> int:
         return len(self.mask)
 
+    @property
+    def title(self) -> str:
+        return f"{self.task} in {self.network}" if self.network else self.task
+
 
 def examples_of(recipe: Recipe) -> list[Example]:
-    """Every task of the recipe, in file order."""
+    """Every task of the recipe, in file order, in each network it passes through."""
     shown = without_views(recipe)
     planner = Planner(shown, stand_in_tokenizers(shown), dict(meta_model(recipe).encoders.items()))
-    return [plan_example(shown, planner, task) for task in shown.tasks]
+    return [example for task in shown.tasks for example in plan_example(shown, planner, task)]
 
 
 def without_views(recipe: Recipe) -> Recipe:
-    """Views would scale the example's few patches up to the hundreds a model is used to."""
-    ports = {name: port.model_copy(update={"view": None}) for name, port in recipe.ports.items()}
+    """Views would scale the example's few patches up to the hundreds a model is used to; of as many queries, a picture's worth is shown."""
+    most = GRID[0] * GRID[1]
+    ports = {name: port.model_copy(update={"view": None, "count": min(port.count, most)}) for name, port in recipe.ports.items()}
     return recipe.model_copy(update={"ports": ports})
 
 
@@ -155,6 +170,8 @@ def _picture(recipe: Recipe, planner: Planner, spec: SegmentSpec) -> np.ndarray:
     """What GRID tokens of a picture are made from, as the port finds it in a shard."""
     port = recipe.ports[spec.port]
     rows, columns = (side * port.patch_size for side in GRID)
+    if port.by_scale:
+        return np.zeros(recipe.autoencoders[port.autoencoder].quantizer.code_shape(columns, columns), dtype=np.int64)  # type: ignore[attr-defined]
     if port.content == Content.CODES:
         return np.zeros((rows, columns), dtype=np.int64)
     if port.content == Content.LATENTS and port.autoencoder:
@@ -164,23 +181,30 @@ def _picture(recipe: Recipe, planner: Planner, spec: SegmentSpec) -> np.ndarray:
     return np.zeros((rows, columns, 3), dtype=np.uint8)
 
 
-def plan_example(recipe: Recipe, planner: Planner, task: str) -> Example:
+def plan_example(recipe: Recipe, planner: Planner, task: str) -> list[Example]:
     """Plan the example of one task as a training step plans a sample."""
     return laid_open(recipe, planner, planner.plan(example_sample(recipe, planner, task), task, NothingDrawn()))
 
 
-def laid_open(recipe: Recipe, planner: Planner, sequence: Sequence) -> Example:
+def laid_open(recipe: Recipe, planner: Planner, sequence: Sequence) -> list[Example]:
     """A planned sample, packed and corrupted as in a training step, with everything that follows from its segments written down."""
-    task = sequence.task
     batch = pack([sequence])
-    length = len(sequence)
+    return [_in_network(recipe, planner, sequence, batch, network) for network in batch.layouts]
+
+
+def _in_network(recipe: Recipe, planner: Planner, sequence: Sequence, batch: Batch, network: str) -> Example:
+    task, layout = sequence.task, batch.layouts[network]
+    segments = [segment for segment in sequence.segments if segment.network == network]
+    length = sum(len(segment) for segment in segments if segment.in_table)
     supervised, reads = [False] * length, [-1] * length
     slices = vocabulary_slices(recipe)
     generator = torch.Generator().manual_seed(0)
-    for name, rows in batch.ports.items():
-        objective = recipe.ports[name].objective
+    for name in dict.fromkeys(segment.port for segment in segments):
+        objective, rows = recipe.ports[name].objective, batch.ports[name]
         if objective is None:
             continue
+        if rows.values.dim() == 4:  # what an encoder would say of them does not matter here
+            rows = replace(rows, values=torch.zeros(len(rows.rows), 1))
         mask_id = {"mask_id": slices[name].size} if objective.kind == "masked-token" else {}
         judged = objective.corrupt(rows, generator, **mask_id)
         assert judged.supervised is not None and judged.read is not None
@@ -188,11 +212,10 @@ def laid_open(recipe: Recipe, planner: Planner, sequence: Sequence) -> Example:
             if counts:
                 supervised[row], reads[row] = True, read
     chances = {spec.group: spec.cond_dropout_prob for spec in recipe.tasks[task].flat() if spec.cond_dropout_prob}
-    layout = batch.layout
     blocks = layout.block_id.flatten().tolist()
     places = layout.positions.reshape(-1, 3).tolist()
     drawn, start = [], 0
-    for segment in sequence.segments:
+    for segment in segments:
         stop = start + len(segment) if segment.in_table else start
         objective = recipe.ports[segment.port].objective
         drawn.append(
@@ -213,7 +236,7 @@ def laid_open(recipe: Recipe, planner: Planner, sequence: Sequence) -> Example:
             drawn[-1:] = apart(drawn[-1])
         start = stop
     visible = may_attend(layout, layout)[0].tolist() if length else []
-    return Example(task, tuple(drawn), tuple(map(tuple, visible)), recipe.tasks[task].objectives)
+    return Example(task, network, tuple(drawn), tuple(map(tuple, visible)), recipe.tasks[task].objectives)
 
 
 def apart(drawn: DrawnSegment) -> list[DrawnSegment]:

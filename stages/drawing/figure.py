@@ -60,6 +60,11 @@ class Figure:
     def expert_colour(self, expert: str) -> str:
         return f"e{(self.experts.index(expert) if expert else 0) % EXPERT_COLOURS}"
 
+    def experts_of(self, network: str) -> list[str]:
+        """Names of one network's experts; empty where there is only one."""
+        found = next((own.experts for name, own in self.recipe.backbones.items() if network in ("", name)), ())
+        return list(found) if len(found) > 1 else []
+
     @property
     def experts(self) -> list[str]:
         """Names of all experts of all networks; empty where there is only one."""
@@ -195,9 +200,9 @@ def chevron(x: float, y: float, tone: str) -> str:
 def task_panel(figure: Figure, example: Example) -> Drawn:
     """The flow with the table of segments below it on the left, the mask on the right, as far up as there is room for it."""
     phase = figure.phase_of(example.task)
-    content = [text(INSET, 34, example.task, "bold", 18)]
-    content.append(text(INSET + width_of(example.task, 18, "bold") + 12, 34, task_words(figure, example), "soft", 12.5))
-    lines = columns_of(example, [width_of_column(figure, drawn) for drawn in example.segments], INNER - lane_words(figure))
+    content = [text(INSET, 34, example.title, "bold", 18)]
+    content.append(text(INSET + width_of(example.title, 18, "bold") + 12, 34, task_words(figure, example), "soft", 12.5))
+    lines = columns_of(example, [width_of_column(figure, drawn) for drawn in example.segments], INNER - lane_words(figure, example))
     y = top = 56.0
     for line in lines:
         drawn, height = flow_line(figure, example, line, phase)
@@ -209,7 +214,7 @@ def task_panel(figure: Figure, example: Example) -> Drawn:
         together = table_width(figure, example) <= room
         table, table_height = segment_table(figure, example, room if together else INNER)
         content.append(moved(table, INSET, y + 8))
-        if together and max(map(line_width, lines)) + lane_words(figure) <= room:
+        if together and max(map(line_width, lines)) + lane_words(figure, example) <= room:
             mask_top = top
         else:
             mask_top = y + 8 + (0 if together else table_height + 26)
@@ -333,7 +338,7 @@ def width_of_column(figure: Figure, drawn: DrawnSegment) -> float:
     """What the words above and below a segment need."""
     return max(
         width_of(drawn.port, 12, "bold"),
-        width_of(", ".join(drawn.fields), 12),
+        width_of(drawn.origin, 12),
         width_of(drawn.objective, 11) + 16 if drawn.objective and any(drawn.supervised) else 0,
         *(box_width(words) for _, words in boxes_of(figure, drawn)),
         width_of(str(drawn.segment.mask), 11) if drawn.in_table else 0,
@@ -343,7 +348,7 @@ def width_of_column(figure: Figure, drawn: DrawnSegment) -> float:
 def flow_line(figure: Figure, example: Example, line: Sequence[Column], phase: Phase | None) -> Drawn:
     """From below: fields, source, tokens, the network's lanes, predictions."""
     inside = [column for column in line if column.drawn.in_table]
-    lanes = max(1, len(figure.experts))
+    lanes = max(1, len(figure.experts_of(example.network)))
     tallest = max(cells_height(column.drawn) for column in line)
     deepest = max(len(boxes_of(figure, column.drawn)) for column in line)
     predicts = any(any(column.drawn.supervised[column.begin : column.end]) for column in line)
@@ -380,8 +385,8 @@ def flow_line(figure: Figure, example: Example, line: Sequence[Column], phase: P
         content.append(moved([text(middle, y_port, drawn.port, "mid bold tone", 12)], 0, 0, tone))
         stack, used = box_stack(figure, drawn, middle, y_port + 6, phase)
         content += stack
-        if drawn.fields:
-            content.append(text(middle, y_port + used + 17, ", ".join(drawn.fields), "mid soft", 12))
+        if drawn.origin:
+            content.append(text(middle, y_port + used + 17, drawn.origin, "mid soft", 12))
     content += brackets(spots, y_bracket)
     return content, height
 
@@ -402,9 +407,10 @@ def box_stack(figure: Figure, drawn: DrawnSegment, middle: float, y: float, phas
     return content, BOX_PITCH * len(boxes)
 
 
-def lane_words(figure: Figure) -> float:
+def lane_words(figure: Figure, example: Example) -> float:
     """What the names of the experts need beside their lanes."""
-    return max([0.0, *(width_of(f"expert {expert}", 11.5) + 38 for expert in figure.experts)])
+    experts = figure.experts_of(example.network) if example.length else []
+    return max([0.0, *(width_of(f"expert {expert}", 11.5) + 38 for expert in experts)])
 
 
 def lanes_drawn(
@@ -413,12 +419,9 @@ def lanes_drawn(
     """The network over its segments: one bar, or a lane for each expert, busy where its tokens are."""
     inside = [(column, left) for column, left in spots if column.drawn.in_table]
     begin, end = inside[0][1], inside[-1][1] + inside[-1][0].width
-    network = next(
-        name
-        for name in figure.recipe.backbones
-        if (figure.recipe.ports[inside[0][0].drawn.port].backbone or next(iter(figure.recipe.backbones))) == name
-    )
-    if not figure.experts:
+    network = example.network or next(iter(figure.recipe.backbones))
+    experts = figure.experts_of(network)
+    if not experts:
         address = f"backbones.{network}"
         words = f"{kind_at(figure, address)} {network}"
         w = width_of(words, 12) + 22
@@ -429,7 +432,7 @@ def lanes_drawn(
             figure.mark(address, phase, middle + width_of(words, 12) / 2 - 4, y + height / 2 - 6.5),
         ]
     content = []
-    for lane, expert in enumerate(figure.experts):
+    for lane, expert in enumerate(experts):
         top, tone = y + lane * height, figure.expert_colour(expert)
         content.append(rect(begin, top + 1, end - begin, height - 2, f"lane {tone}", 5))
         for column, left in inside:
@@ -597,7 +600,7 @@ def mask_grid(figure: Figure, example: Example) -> tuple[list[str], float, float
     frame = el("rect", width=n, height=n, class_="mmd-wash")
     grid = group(
         [frame, *cells, mesh, lines],
-        transform=f"translate({number(left)} {number(top)}) scale({number(cell)})", data_task=example.task, data_length=n,
+        transform=f"translate({number(left)} {number(top)}) scale({number(cell)})", data_task=example.title, data_length=n,
     )  # fmt: skip
     title, legend = "who may attend to whom", "rows look at columns"
     title_width = width_of(title, 12, "bold") + 8

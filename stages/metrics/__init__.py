@@ -14,6 +14,7 @@ from stages.metrics.retrieval import Retrieval
 from stages.metrics.scene_accuracy import ReconstructedScenes, SceneAccuracy
 from stages.metrics.score import Metric
 from stages.metrics.ssim import SSIM
+from stages.metrics.tool_calls import ToolCalls
 
 METRICS: dict[str, type[Metric]] = {
     "scene-accuracy": SceneAccuracy,
@@ -22,6 +23,7 @@ METRICS: dict[str, type[Metric]] = {
     "caption-correctness": CaptionCorrectness,
     "bits-per-byte": BitsPerByte,
     "retrieval": Retrieval,
+    "tool-calls": ToolCalls,
     "psnr": PSNR,
     "ssim": SSIM,
     "perceptual-distance": PerceptualDistance,

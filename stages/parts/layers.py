@@ -48,6 +48,22 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
 
 
+class HeadNorm(nn.Module):
+    """LayerNorm over each head's own channels, (..., heads, dim), with a weight and a bias for every head: how Chameleon norms queries and
+    keys (arXiv:2405.09818, section 2.3), where one weight for all heads is the habit elsewhere."""
+
+    def __init__(self, heads: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(heads, dim)), nn.Parameter(torch.empty(heads, dim)), eps
+
+    def init_weights(self, generator: Generator) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+
 NormKind = Literal["rms", "layer"]
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
 

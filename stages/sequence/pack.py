@@ -6,7 +6,7 @@ column of the table is a per-segment value repeated over the segment's tokens.
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,12 +18,30 @@ SHARED_ROW = 128  # short samples share rows of this length: attention still cos
 
 
 def pack(sequences: Iterable[Sequence], row_length: int | None = None) -> Batch:
-    """Lay sequences out in as few rows as first-fit-decreasing finds.
+    """Lay sequences out in as few rows as first-fit-decreasing finds, what belongs to different networks in tables of their own.
 
     row_length: tokens a row; without one, the longest sequence decides, and short ones share rows. Raises ValueError for a sequence
     longer than `row_length` and for merged segments that disagree on their mask.
     """
     listed = list(sequences)
+    placed: dict[str, list[_Placed]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for network in networks_of(segment for sequence in listed for segment in sequence.segments):
+        own = [replace(sequence, segments=tuple(s for s in sequence.segments if s.network == network)) for sequence in listed]
+        placed[network], shapes[network] = _pack_one(own, row_length)
+    batch = _batch(placed, shapes, tuple(s.key for s in listed), tuple(s.task for s in listed))
+    for name, source in _sources(listed, placed).items():
+        batch.ports[name].source = source
+    return batch
+
+
+def networks_of(segments: Iterable[Segment]) -> list[str]:
+    """The networks that segments belong to, in the order in which they come; one even if there is nothing."""
+    return list(dict.fromkeys(segment.network for segment in segments)) or [""]
+
+
+def _pack_one(listed: Listing[Sequence], row_length: int | None) -> tuple[list["_Placed"], tuple[int, int]]:
+    """Where the segments of one network stand, and the shape of its table."""
     sizes = [len(sequence) for sequence in listed]
     longest = max(sizes, default=0)
     length = row_length or max(longest, min(SHARED_ROW, sum(sizes)))
@@ -40,7 +58,7 @@ def pack(sequences: Iterable[Sequence], row_length: int | None = None) -> Batch:
     for number, sequence in enumerate(listed):
         if not sizes[number]:  # read by objectives only: owns no row
             placed += _place(sequence, number, 0, Cursor())
-    return _batch(placed, (len(rows), width), tuple(s.key for s in listed), tuple(s.task for s in listed))
+    return placed, (len(rows), width)
 
 
 @dataclass
@@ -53,7 +71,10 @@ class Cursor:
 
 
 def continue_rows(rows: Listing[Listing[Segment]], cursors: Listing[Cursor]) -> tuple[Batch, list[Cursor]]:
-    """One sample a row, each going on from its cursor; shorter rows are padded on the right. Returns the moved cursors too."""
+    """One sample a row, each going on from its cursor; shorter rows are padded on the right. Returns the moved cursors too.
+
+    All segments are of one network. What a network reads of another is not filled in: who has kept those rows does that.
+    """
     sizes = [sum(len(segment) for segment in segments) for segments in rows]
     width = max(sizes, default=0)
     placed: list[_Placed] = []
@@ -62,7 +83,8 @@ def continue_rows(rows: Listing[Listing[Segment]], cursors: Listing[Cursor]) -> 
         own = _place(Sequence(key="", task="", segments=tuple(segments)), row, row * width, cursor)
         placed += own
         moved.append(Cursor(cursor.index + sizes[row], own[-1].block if own else cursor.block, clocks_of(segments, cursor.clock)[1]))
-    return _batch(placed, (len(rows), width), ("",) * len(rows), ("",) * len(rows)), moved
+    (network,) = networks_of(segment for segments in rows for segment in segments)
+    return _batch({network: placed}, {network: (len(rows), width)}, ("",) * len(rows), ("",) * len(rows)), moved
 
 
 def lay_out(segments: Listing[Segment]) -> Layout:
@@ -116,12 +138,33 @@ def _place(sequence: Sequence, number: int, first: int, cursor: Cursor) -> list[
     return placed
 
 
-def _batch(placed: list[_Placed], shape: tuple[int, int], keys: tuple[str, ...], tasks: tuple[str, ...]) -> Batch:
+def _batch(placed: dict[str, list[_Placed]], shapes: dict[str, tuple[int, int]], keys: tuple[str, ...], tasks: tuple[str, ...]) -> Batch:
     ports: dict[str, list[_Placed]] = {}
-    for entry in sorted(placed, key=lambda p: (p.start, p.number)):
+    for entry in sorted((p for own in placed.values() for p in own), key=lambda p: (p.start, p.number)):
         ports.setdefault(entry.segment.port, []).append(entry)
-    layout = _layout([entry for entry in placed if entry.segment.in_table], shape)
-    return Batch(layout, {name: _port_rows(entries) for name, entries in ports.items()}, keys, tasks)
+    layouts = {name: _layout([entry for entry in own if entry.segment.in_table], shapes[name]) for name, own in placed.items()}
+    return Batch(layouts, {name: _port_rows(entries) for name, entries in ports.items()}, keys, tasks)
+
+
+def _sources(listed: list[Sequence], placed: dict[str, list[_Placed]]) -> dict[str, Tensor]:
+    """For each port of hidden rows, which flat rows of the other network's table its tokens are: int64 (n,), in table order."""
+    if not any(segment.of for sequence in listed for segment in sequence.segments):
+        return {}
+    standing = {(name, p.number): [] for name, own in placed.items() for p in own}  # type: ignore[var-annotated]
+    for name, own in placed.items():
+        for p in own:
+            standing[name, p.number].append(p)
+    found: dict[str, list[tuple[int, list[int]]]] = {}
+    for number, sequence in enumerate(listed):
+        queues = {name: iter(standing.get((name, number), ())) for name in placed}
+        passed: list[_Placed] = []
+        for segment in sequence.segments:
+            here = next(queues[segment.network])
+            if segment.of:
+                read = [row for p in passed if p.segment.port in segment.of for row in range(p.start, p.start + len(p.segment))]
+                found.setdefault(segment.port, []).append((here.start, read[segment.skip :]))
+            passed.append(here)
+    return {port: torch.tensor([row for _, rows in sorted(entries) for row in rows], dtype=torch.int64) for port, entries in found.items()}
 
 
 def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
@@ -200,6 +243,7 @@ def _port_rows(placed: list[_Placed]) -> PortRows:
         timestep_range=torch.tensor([p.segment.timestep_range for p in placed], dtype=torch.float32),
         sample=places[:, 2],
         grids=[p.segment.grid for p in placed],
+        scales=[p.segment.scale for p in placed],
         lengths=lengths,
         time_rows=places[:, 0] if timed else None,
     )

@@ -90,13 +90,31 @@ class Planner:
         record is there in order. Raises MissingField."""
         spec = self.recipe.tasks[task]
         dropped = self._draw_dropped(spec, rng) if rng is not None else set()
-        segments: list[Segment] = []
-        held = 0
-        for segment_spec, values in self._filled(spec.segments, sample, rng):
-            made = self._segments(segment_spec, values, dropped, sample)
-            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made and held else made
-            held = 0 if made else held + self._ticks(segment_spec, values, dropped, sample)
+        segments = self._laid_out(self._filled(spec.segments, sample, rng), dropped, sample)
         return Sequence(key=sample.key, task=task, segments=tuple(segments))
+
+    def _laid_out(
+        self,
+        filled: Iterable[tuple[SegmentSpec, Mapping[str, Any]]],
+        dropped: set[str],
+        sample: Sample,
+        held: dict[str, int] | None = None,
+    ) -> list[Segment]:
+        """The segments of some specs, one after the other; what a dropped condition holds of a network's time, its next segment waits.
+        `held` is left with the time that no segment has waited yet."""
+        segments: list[Segment] = []
+        held = {} if held is None else held
+        for spec, values in filled:
+            made = self._segments(spec, values, dropped, sample)
+            network = self._network(self.recipe.ports[spec.port])
+            if made:
+                made[0] = replace(made[0], advance=held.pop(network, 0) + made[0].advance)
+            else:
+                held[network] = held.get(network, 0) + self._ticks(spec, values, dropped, sample)
+            for segment in made:
+                complete = counted(segment, segments) if segment.of else segment
+                segments += [complete] if len(complete) else []
+        return segments
 
     # sampling
 
@@ -111,36 +129,43 @@ class Planner:
         """
         filled = list(self._filled(self.recipe.tasks[task].segments, sample, None, record=record, lenient=True))
         targets = [place for place, (spec, _) in enumerate(filled) if spec.role == Role.TARGET and spec.fields]
-        segments: list[Segment] = []
-        rest: list[SegmentSpec] = []
-        held = 0
-        for place, (spec, values) in enumerate(filled[: targets[-1] + 1]):
-            written = place == targets[-1] or (spec.role == Role.TARGET and any(self._lacks(spec, name, values) for name in spec.fields))
-            if rest or written:
-                rest.append(spec)
-                continue
-            if spec.role == Role.TARGET and (spec.mask or self.recipe.ports[spec.port].mask) == MaskKind.ISOLATED:
-                continue  # a copy to be noised, which nobody else sees
-            made = self._segments(spec, values, set(drop), sample)
-            segments += [replace(made[0], advance=held + made[0].advance), *made[1:]] if made and held else made
-            held = 0 if made else held + self._ticks(spec, values, set(drop), sample)
-        return opened(segments, rest) + self._pause(held), rest
+        first = next(
+            place
+            for place, (spec, values) in enumerate(filled)
+            if place == targets[-1] or (spec.role == Role.TARGET and any(self._lacks(spec, name, values) for name in spec.fields))
+        )
+        rest = [spec for spec, _ in filled[first : targets[-1] + 1]]
+        seen = [entry for entry in filled[:first] if not self._is_noised_copy(entry[0])]
+        held: dict[str, int] = {}
+        return opened(self._laid_out(seen, set(drop), sample, held), rest) + self._pauses(held), rest
 
     def given(self, spec: SegmentSpec, values: Mapping[str, Any], sample: Sample, *, drop: Collection[str] = ()) -> list[Segment]:
         """A context segment that follows something the model wrote; where it is dropped, the time it holds."""
-        made = self._segments(spec, values, set(drop), sample)
-        return made or self._pause(self._ticks(spec, values, set(drop), sample))
+        held: dict[str, int] = {}
+        return self._laid_out([(spec, values)], set(drop), sample, held) + self._pauses(held)
 
-    def _pause(self, ticks: int) -> list[Segment]:
-        """No rows, and the clock moves: what a dropped condition leaves where nothing given follows it."""
-        if not ticks:
-            return []
-        name = next(name for name, port in self.recipe.ports.items() if port.content == Content.TOKEN_IDS and port.enters == "sequence")
-        return [Segment(port=name, payload=torch.zeros(0, dtype=torch.int64), grid=(0,), advance=ticks)]
+    def _is_noised_copy(self, spec: SegmentSpec) -> bool:
+        """Whether a target is there for its loss only, since nobody else sees it."""
+        return spec.role == Role.TARGET and (spec.mask or self.recipe.ports[spec.port].mask) == MaskKind.ISOLATED
+
+    def _pauses(self, held: Mapping[str, int]) -> list[Segment]:
+        """No rows, and the clock of each network moves: what a dropped condition leaves where nothing given follows it."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        texts = {self._network(port): name for name, port in reversed(self.recipe.ports.items()) if port.content == Content.TOKEN_IDS}
+        return [
+            Segment(port=texts[network], payload=nothing, grid=(0,), advance=ticks, network=network)
+            for network, ticks in held.items()
+            if ticks
+        ]
+
+    def joined(self, spec: SegmentSpec) -> str | None:
+        """In whose table a segment belongs to the block before it, where that block sees all of itself: neither is known without the other."""
+        port = self.recipe.ports[spec.port]
+        return self._network(port) if spec.merge and (spec.mask or port.mask).sees_whole else None
 
     def prompt_of(self, specs: list[SegmentSpec], sample: Sample) -> list[Segment]:
         """The segments of a prompt that no task describes."""
-        return [segment for spec, values in self._filled(specs, sample, None) for segment in self._segments(spec, values, set(), sample)]
+        return self._laid_out(self._filled(specs, sample, None), set(), sample)
 
     # how
 
@@ -186,7 +211,7 @@ class Planner:
         if out and not (port.null_condition in ("empty", "pad") and port.content == Content.TOKEN_IDS):
             return []
         payload, grid = self._payload(spec, port, values, sample, empty=out and port.null_condition == "empty")
-        if not len(payload):
+        if not len(payload) and not port.of:
             return []
         if out and port.null_condition == "pad":  # as many tokens at the same places, which say nothing (Janus)
             payload = torch.full_like(payload, self.tokenizers[port.tokenizer].special_id(PAD))
@@ -223,12 +248,18 @@ class Planner:
             timed=port.timestep == "token",
             port_number=self.port_number(spec.port),
             hidden_from=self._hidden_from(spec.port),
+            network=self._network(port),
+            of=port.of,
+            skip=port.skip_rows,
         )
         before, after = self.marker(port, spec, "before"), self.marker(port, spec, "after")
         if before is not None:
             segment = replace(segment, merge=port.markers.inside)
         end_of_row = self.marker(port, spec, "row")
         rows = [segment] if end_of_row is None else with_ends(segment, end_of_row)
+        if port.by_scale:
+            quantizer: Any = self.recipe.autoencoders[port.autoencoder].quantizer  # type: ignore[attr-defined]
+            rows = split_scales(segment, quantizer)
         return [part for part in (before, *rows, after) if part is not None]
 
     def _hidden_from(self, name: str) -> int:
@@ -260,6 +291,7 @@ class Planner:
             field=name,
             port_number=self.port_number(text),
             hidden_from=self._hidden_from(text),
+            network=self._network(port),
         )
 
     def text_port(self, port: Port) -> str:
@@ -274,6 +306,10 @@ class Planner:
         """Which expert's weights a port's tokens pass through, by number."""
         return self._expert(self.recipe.ports[port])
 
+    def _network(self, port: Port) -> str:
+        """Whose table a port's tokens stand in; "" where there is only one."""
+        return port.backbone if len(self.recipe.backbones) > 1 else ""
+
     def _expert(self, port: Port) -> int:
         if port.enters != "sequence" or not port.expert:
             return 0
@@ -285,6 +321,10 @@ class Planner:
         if port.content == Content.TOKEN_IDS or (port.content == Content.FEATURES and port.tokenizer):
             ids = self._ids(spec, port, values, sample, empty=empty)
             return torch.tensor(ids, dtype=torch.int64), (len(ids),)
+        if port.content == Content.QUERIES:
+            return torch.arange(port.count), (port.count,)
+        if port.content == Content.HIDDEN:
+            return torch.zeros(0, 0), (0,)  # as many as stand before it, see `counted`
         name = self.field_of(spec)
         if port.content == Content.CODES:
             codes = self._array(name, values, sample)
@@ -297,6 +337,9 @@ class Planner:
             grid = (latents.shape[1] // port.patch_size, latents.shape[2] // port.patch_size)
             return patchify(latents, port.patch_size), grid
         encoder = self.encoders[port.encoder]
+        if features_field(spec.field, port.encoder) in values:  # another task of the recipe wrote them
+            features = torch.from_numpy(values[features_field(spec.field, port.encoder)])
+            return features, (features.shape[0],)
         if values is sample.fields and (sample.key, spec.port, spec.field) in self.features:
             features = self.features[sample.key, spec.port, spec.field]
             return features, (features.shape[0],)
@@ -367,12 +410,31 @@ class Planner:
         self._turn = epoch
 
 
+def features_field(field: str, encoder: str) -> str:
+    """The name of the features that a task writes for another to go on with."""
+    return f"{field}.{encoder}-features"
+
+
+def counted(hidden: Segment, before: Iterable[Segment]) -> Segment:
+    """A segment of hidden rows with as many tokens as there are rows before it that it reads."""
+    length = max(0, sum(len(segment) for segment in before if segment.port in hidden.of) - hidden.skip)
+    return replace(hidden, payload=torch.zeros(length, 0), grid=(length,))
+
+
 def with_ends(picture: Segment, end: Segment) -> list[Segment]:
     """A picture's codes row by row, each row with the marker of its end."""
     width = picture.grid[-1]
     rows = [replace(picture, payload=row, grid=(width,), merge=end.merge) for row in picture.payload.split(width)]
     rows[0] = replace(rows[0], merge=picture.merge)
     return [part for row in rows for part in (row, end)]
+
+
+def split_scales(picture: Segment, quantizer: Any) -> list[Segment]:
+    """A square picture's codes scale by scale, coarse to fine: blocks of their own, each sees itself and all before it (VAR, section 3.2)."""
+    grids = quantizer.grids(*quantizer.square_grid(len(picture)))
+    payloads = picture.payload.split([rows * columns for rows, columns in grids])
+    scales = enumerate(zip(payloads, grids, strict=True))
+    return [replace(picture, payload=payload, grid=grid, scale=number) for number, (payload, grid) in scales]
 
 
 def opened(segments: list[Segment], rest: list[SegmentSpec]) -> list[Segment]:

@@ -24,6 +24,8 @@ class Content(StrEnum):
     CODES = "codes"
     LATENTS = "latents"
     FEATURES = "features"
+    QUERIES = "queries"  # learned rows, from no field
+    HIDDEN = "hidden"  # rows that another network made of what stands before
 
 
 class Role(StrEnum):
@@ -66,8 +68,9 @@ class PositionKind(StrEnum):
 class Segment:
     """A span of one sample's sequence.
 
-    payload: ids or codes int64 (l,) · latents float (l, c) · features float (l, d), or pixels float (3, H, W) when the encoder
-    runs inside the model. `grid` has product l and is known before any encoder runs.
+    payload: ids, codes or numbers of queries int64 (l,) · latents float (l, c) · features float (l, d), or pixels float (3, H, W) when
+    the encoder runs inside the model · hidden rows float (l, 0): what another network makes of the ports it is `of`.
+    `grid` has product l and is known before any encoder runs.
     """
 
     port: str
@@ -82,7 +85,11 @@ class Segment:
     timestep_range: tuple[float, float] = (0.0, 1.0)
     field: str = ""  # where the payload came from, for drawings and reports
     group: str = ""  # condition-dropout group
+    network: str = ""  # whose table its tokens stand in, where a recipe has several
+    of: tuple[str, ...] = ()  # hidden rows: of every segment of these ports that stands before it
+    skip: int = 0  # of those, so many at the front are left out
     advance: int = 0  # ticks the clock moves before this segment: a dropped condition that holds its time
+    scale: int = 0  # which of the grids of a picture that is drawn scale by scale
     in_table: bool = True  # False: read by objectives only (contrastive towers), owns no row of the table
     timed: bool = False  # a row before its content says its noise level
     port_number: int = 0  # its port's place in the recipe
@@ -181,10 +188,12 @@ class PortRows(TensorTable):
     timestep_range: Tensor  # float (s, 2)
     sample: Tensor  # int64 (s,); which sequence of the batch
     grids: list[tuple[int, ...]] = field(default_factory=list)
+    scales: list[int] = field(default_factory=list)  # of each segment
     read: Tensor | None = None  # int64 (n,)
     goal: Tensor | None = None  # (n,) or (n, c)
     supervised: Tensor | None = None  # bool (n,)
     timestep: Tensor | None = None  # float (n,); 0 clean, 1 noise
+    source: Tensor | None = None  # int64 (n,); hidden rows: the flat index in the other network's table that token i is
     lengths: Tensor | None = None  # int64 (s,); for ragged ids outside the table
     time_rows: Tensor | None = None  # int64 (s,); flat index of the row that says a segment's noise level
 
@@ -206,24 +215,31 @@ class PortRows(TensorTable):
 
 @dataclass
 class Batch:
-    """Packed sequences: the layout, what each port owns of it, and which samples these are."""
+    """Packed sequences: a table for each network (the only one is called ""), what each port owns of its network's, and which
+    samples these are."""
 
-    layout: Layout
+    layouts: dict[str, Layout]
     ports: dict[str, PortRows]
     keys: tuple[str, ...]
     tasks: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.layout.to(device), {name: rows.to(device) for name, rows in self.ports.items()}, self.keys, self.tasks)
+        layouts = {name: layout.to(device) for name, layout in self.layouts.items()}
+        return Batch(layouts, {name: rows.to(device) for name, rows in self.ports.items()}, self.keys, self.tasks)
+
+    @property
+    def layout(self) -> Layout:
+        """The table of the first network, which of most recipes is the only one."""
+        return next(iter(self.layouts.values()))
 
     @property
     def num_tokens(self) -> int:
-        return int((self.layout.sample_id >= 0).sum())
+        return sum(int((layout.sample_id >= 0).sum()) for layout in self.layouts.values())
 
     @property
     def padding(self) -> float:
-        """Fraction of the table's rows that hold no token."""
-        total = self.layout.sample_id.numel()
+        """Fraction of the tables' rows that hold no token."""
+        total = sum(layout.sample_id.numel() for layout in self.layouts.values())
         return 1.0 - self.num_tokens / total if total else 0.0
 
     @property

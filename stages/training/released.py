@@ -1,8 +1,9 @@
 """A part that somebody else released, as the start of a run: `--init ADDRESS=SOURCE`.
 
 SOURCE is a file (.safetensors, or .pt, .pth, .ckpt, .bin, of which nothing but tensors is read), a folder with config.json and
-*.safetensors, in several pieces too, or the same on the Hub; `#PATH` picks the part inside a larger model. Which layout it is in shows
-in its names: of autoencoders see `stages/parts/autoencoders/published.py`, of language models `stages/parts/backbones/published.py`.
+*.safetensors, in several pieces too, for a language model also a .gguf, or the same on the Hub; `#PATH` picks the part inside a larger model. Which layout it is in shows
+in its names: of autoencoders see `stages/parts/autoencoders/published.py`, of language models `stages/parts/backbones/published.py`, of whole models
+(`--init model=SOURCE`) `stages/training/released_model.py`.
 
     mmgen pretrain-tokenizer data --recipe kl-autoencoder --size paper --set phases.train.steps=0 --out runs/sd-vae \\
         --init autoencoders.vae=hf://stabilityai/sd-vae-ft-mse
@@ -28,18 +29,19 @@ from torch import Tensor, nn
 
 from stages.errors import DataError, UsageError
 from stages.hub import resolve
-from stages.model import Model, backbone_of, covers
+from stages.model import Model, covers
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLCNNConfig
 from stages.parts.autoencoders.published import DIFFUSERS, LEFT_OUT, OUR_OWN, layout_of, prefix_of, translate
-from stages.parts.backbones import Transformer
 from stages.parts.backbones import published as language
+from stages.parts.backbones.gguf_file import read_gguf
 from stages.parts.tokenizers import ReleasedTokenizerConfig, TextTokenizer
 from stages.recipe import Recipe
-from stages.sequence.segment import Content
+from stages.training import released_model as whole
 from stages.training.checkpoint import checkpoint_input, init_part, is_unfinished
+from stages.training.released_network import fill_network
 
-FAMILIES = ("autoencoders", "backbones")  # of parts whose released weights are read
+FAMILIES = ("autoencoders", "backbones", whole.ADDRESS)  # of parts whose released weights are read
 INSIDE = ("ema", "model", "state_dict")  # where a .pt keeps its weights, the averaged ones before the others
 USUAL = ("diffusion_pytorch_model", "model")  # of several files in one folder
 NEVER_SCALED = 0.18215  # what AutoencoderKL of diffusers takes where a config.json, as those of 2022, does not say it
@@ -57,6 +59,8 @@ class Released:
 
     @property
     def layout(self) -> str:
+        if self.family == whole.ADDRESS:
+            return str(self.config.get("model_type"))
         return language.LAYOUT if self.family == "backbones" else layout_of(self.tensors, self.source).name
 
     @property
@@ -69,7 +73,9 @@ class Released:
     def fingerprint(self) -> str:
         """sha256 of the tensors and of what is read of the config, never of the files."""
         read: Any = self.scale_and_shift
-        if self.family == "backbones":
+        if self.family == whole.ADDRESS:
+            read = whole.what_is_read(self)
+        elif self.family == "backbones":
             tied = "tie_word_embeddings"
             read = (language.settings_of(self.tensors, self.config, self.source), language.facts_of(self.config).get(tied))
         digest = hashlib.sha256(repr(read).encode())
@@ -89,6 +95,11 @@ class Start:
     inside: str
     released: Released | None
 
+    @property
+    def filled(self) -> str:
+        """The address it fills, "*" for all."""
+        return "*" if self.address == whole.ADDRESS else self.address
+
     def as_input(self) -> dict[str, Any]:
         role = f"init {self.address}"
         if self.released is None:
@@ -96,15 +107,18 @@ class Start:
         return {"role": role, "path": self.spec, "layout": self.released.layout, "fingerprint": self.released.fingerprint()}
 
 
-def open_starts(init: Mapping[str, str]) -> list[Start]:
-    """Every source of --init, released weights read. init: address → folder, file or hf://…, each with `#PATH` or without."""
+def open_starts(init: Mapping[str, str], *, shapes_only: bool = False) -> list[Start]:
+    """Every source of --init, released weights read. init: address → folder, file or hf://…, each with `#PATH` or without.
+
+    shapes_only: of safetensors and torch files no weight is read, tensors are on the meta device.
+    """
     starts = []
     for address, spec in init.items():
         text, _, inside = spec.partition("#")
         path = resolve(text)
         family = address.split(".")[0]
         ours = family not in FAMILIES or (path / "recipe.toml").is_file() or is_unfinished(path)
-        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, family)))
+        starts.append(Start(address, spec, path, inside, None if ours else read_released(path, inside, family, shapes_only=shapes_only)))
     return starts
 
 
@@ -121,7 +135,8 @@ def adopt_tokenizer(recipe: Recipe, init: Mapping[str, str]) -> tuple[TextTokeni
             hint=f"--init tokenizers.{next(iter(recipe.tokenizers), 'NAME')}=hf://ORG/NAME",
         )
     own = recipe.tokenizers[name]
-    config = ReleasedTokenizerConfig(vocab_size=own.vocab_size, special=own.special, fields=own.fields)
+    names = getattr(own, "names", {})
+    config = ReleasedTokenizerConfig(vocab_size=own.vocab_size, special=own.special, fields=own.fields, names=names)
     tokenizer = config.adopt(resolve(spec, only="*.json"))
     return tokenizer, {"role": f"init {address}", "path": spec, "fingerprint": tokenizer.fingerprint}
 
@@ -147,7 +162,8 @@ def fill(learner: nn.Module, start: Start, text: Mapping[str, TextTokenizer] | N
         source = f"{start.path}#{start.inside}" if start.inside else str(start.path)
         return f"{', '.join(init_part(learner, start.address, Path(source)))} from {start.spec}"
     if isinstance(learner, Model):
-        return fill_network(learner, start, start.released, text or {})
+        filling = whole.fill_model if start.address == whole.ADDRESS else fill_network
+        return filling(learner, start, start.released, text or {})
     family, _, rest = start.address.partition(".")
     name, _, part = rest.partition(".")
     if family != "autoencoders" or not any(covers(start.address, weight) for weight in learner.state_dict()):
@@ -164,90 +180,6 @@ def fill(learner: nn.Module, start: Start, text: Mapping[str, TextTokenizer] | N
     if any(weight.startswith("quantizer.") for weight in found):
         start_counting(autoencoder)
     return f"{start.address} from {start.spec} (layout {start.released.layout})"
-
-
-def fill_network(model: Model, start: Start, released: Released, text: Mapping[str, TextTokenizer]) -> str:
-    """A released language model into one expert of a network and what its experts share, with the words that are the model's own."""
-    family, _, rest = start.address.partition(".")
-    name, _, part = rest.partition(".")
-    config = model.recipe.backbones.get(name) if family == "backbones" else None
-    expert = part.removeprefix("experts.") if part else config.experts[0] if config else ""
-    if config is None or expert not in config.experts:
-        networks = [f"backbones.{name}" for name in model.recipe.backbones]
-        experts = [f"{address}.experts.{e}" for address in networks for e in model.recipe.backbones[address[10:]].experts]
-        raise UsageError(
-            f"--init {start.address}: released language models start networks or experts of them, and there is no such one",
-            hint=f"there is {', '.join([*networks, *experts])}",
-        )
-    network = model.backbones[name]
-    assert isinstance(network, Transformer)
-    settings = language.settings_of(released.tensors, released.config, start.spec)
-    unlike = language.differing(config, settings)
-    embedding, head = language.vocabulary_of(released.tensors, released.config)
-    tied = [
-        owner
-        for owner in sorted({model.slices[port].owner for port in text_ports(model, name)})
-        if getattr(model.recipe.ports[owner].head, "tied", False) and head is not embedding
-    ]
-    if unlike or tied:
-        told = [f"{key} {language.shown(there)}, here {language.shown(here)}" for key, (here, there) in unlike.items()]
-        told += [f"a head of its own, here ports.{owner}.head is the embedding" for owner in tied]
-        sets = [language.assignment(f"backbones.{name}", key, there) for key, (_, there) in unlike.items()]
-        sets += [language.assignment(f"ports.{owner}", "head.tied", False) for owner in tied]
-        raise UsageError(
-            f"--init {start.address}={start.spec}: not the network of backbones.{name} in this recipe: {'; '.join(told)}",
-            hint=f"make it that network: {' '.join(sets)}",
-        )
-    found = {f"backbones.{name}.{key}": value for key, value in language.translate(network, expert, released.tensors, start.spec).items()}
-    found = {key: value for key, value in found.items() if covers(start.address, key)}
-    words: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for port in text_ports(model, name) if not part or expert == config.experts[0] else []:
-        tables, note = own_words(model, port, released, (embedding, head), text.get(model.recipe.ports[port].tokenizer))
-        words |= tables
-        notes.append(note)
-    model.load_state_dict({**found, **words}, strict=False)  # `translate` was strict
-    return "; ".join([f"{start.address} from {start.spec} (layout {released.layout})", *notes])
-
-
-def text_ports(model: Model, network: str) -> list[str]:
-    """The ports by which words enter a network."""
-    ports = model.recipe.ports.items()
-    return [
-        name
-        for name, port in ports
-        if port.content == Content.TOKEN_IDS and port.enters == "sequence" and backbone_of(model.recipe, port) == network
-    ]
-
-
-def own_words(
-    model: Model, port: str, released: Released, tables: tuple[Tensor, Tensor], tokenizer: TextTokenizer | None
-) -> tuple[dict[str, Tensor], str]:
-    """Embedding and head of a port with the release's rows for the ids that mean the same in both, and what was done, in words.
-
-    Ids mean the same where the tokenizer has every entry of the one beside the weights; without one beside them, where both have as
-    many. Special tokens that the recipe added start from the rows that a release keeps behind its vocabulary, if it does, or anew.
-    """
-    piece, rows = model.slices[port], tables[0].shape[0]
-    source = Path(released.source)
-    file = (source if source.is_dir() else source.parent) / "tokenizer.json"
-    if file.is_file() and tokenizer is not None:
-        same = tokenizer.extends(file)
-    else:
-        same = piece.size == rows
-    if not same:
-        return {}, f"ports.{port} starts anew: its {piece.size:,} entries are not the {rows:,} of the release"
-    count, state = min(piece.size, rows), model.state_dict()
-    filled: dict[str, Tensor] = {}
-    for module, table in zip(("connector", "head"), tables, strict=True):
-        name = f"ports.{piece.owner}.{module}.weight"
-        if name in state:
-            if table.shape[1] != state[name].shape[1]:
-                raise DataError(f"{released.source}: its words are {table.shape[1]} wide, {name} is {state[name].shape[1]}")
-            whole = state[name].clone()
-            whole[piece.start : piece.start + count] = table[:count]
-            filled[name] = whole
-    return filled, f"ports.{port} with {count:,} of its {piece.size:,} rows"
 
 
 def same_groups(autoencoder: nn.Module, released: Released) -> None:
@@ -275,19 +207,22 @@ def start_counting(autoencoder: nn.Module) -> None:
 Select = Callable[[Iterable[str], str, str], dict[str, str]]  # names, where, #PATH → name that is kept: name in the file
 
 
-def read_released(path: Path, inside: str = "", family: str = "autoencoders") -> Released:
-    """The autoencoder or language model in a file or folder. UsageError if there is nothing to read, DataError if it is damaged or no such part."""
-    select: Select = language.select if family == "backbones" else names_below
+def read_released(path: Path, inside: str = "", family: str = "autoencoders", *, shapes_only: bool = False) -> Released:
+    """The autoencoder, language model or whole model in a file or folder. UsageError if there is nothing to read, DataError if it is damaged or no such part."""
+    select: Select = {"backbones": language.select, whole.ADDRESS: whole.select}.get(family, names_below)
     if not path.exists():
         raise UsageError(
             f"{path}: no such file or folder", hint="--init takes a checkpoint, a file of weights, a folder of them, or hf://ORG/NAME"
         )
     folder = path if path.is_dir() else path.parent
     files = weight_files(path) if path.is_dir() else [path]
+    if path.suffix == ".gguf" and family == "backbones":
+        tensors, facts = read_gguf(path)
+        return Released(str(path), family, tensors, facts)
     if all(file.suffix == ".safetensors" for file in files):
-        tensors = read_safetensors(files, inside, select)
+        tensors = read_safetensors(files, inside, select, shapes_only=shapes_only)
     else:
-        everything = read_torch(path)
+        everything = read_torch(path, "meta" if shapes_only else "cpu")
         tensors = {name: everything[full] for name, full in select(everything, str(path), inside).items()}
     config = folder / "config.json"
     try:
@@ -329,21 +264,24 @@ def names_below(names: Iterable[str], where: str, inside: str) -> dict[str, str]
     return {name: full for name, full in short.items() if not name.startswith(LEFT_OUT)}
 
 
-def read_safetensors(files: list[Path], inside: str, select: Select) -> dict[str, Tensor]:
+def read_safetensors(files: list[Path], inside: str, select: Select, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """The part's tensors out of one file or several; a larger model around it is not read."""
     where = str(files[0] if len(files) == 1 else files[0].parent)
     try:
         opened = [safe_open(path, framework="pt") for path in files]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {name: holder[full].get_tensor(full) for name, full in select(holder, where, inside).items()}
+        chosen = select(holder, where, inside)
+        if shapes_only:
+            return {name: torch.empty(holder[full].get_slice(full).get_shape(), device="meta") for name, full in chosen.items()}
+        return {name: holder[full].get_tensor(full) for name, full in chosen.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where}: cannot be read as safetensors ({error})") from None
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
+def read_torch(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote. Nothing in it is run: a file that holds more than tensors is refused."""
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        found: Any = torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked is None:

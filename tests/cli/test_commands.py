@@ -82,7 +82,15 @@ def test_sample_takes_one_prompt_or_shards(invoke: Invoke, stages: dict[str, Any
         "sample", "m", "--prompt", "what is it?", "--image", "cat.png", "--task", "qa", "--num-samples", "2", "--save-files", "--out", "o"
     )
     assert stages["sample"].arguments[:3] == (Path("m"), None, Path("o"))
-    expected = {"tasks": ["qa"], "sets": [], "prompt": "what is it?", "image": Path("cat.png"), "save_files": True, "num_samples": 2}
+    expected = {
+        "tasks": ["qa"],
+        "sets": [],
+        "prompt": "what is it?",
+        "image": Path("cat.png"),
+        "save_files": True,
+        "num_samples": 2,
+        "tools": None,
+    }
     assert stages["sample"].keywords == expected
     invoke("sample", "m", "codes/val", "--set", "sample.steps=3", "--out", "o")
     assert stages["sample"].arguments[1] == "codes/val"

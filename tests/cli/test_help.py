@@ -44,7 +44,7 @@ FLAGS = {  # adding a flag is a decision: it is made here as well
         --out --overwrite --dry-run --json --quiet""",
     "align": TRAINING + " --init --tokenizer --parallel --workers",
     "train-unified": TRAINING + " --init --tokenizer --parallel --workers",
-    "sample": """--task --prompt --image --num-samples --save-files --set --limit --seed --device
+    "sample": """--task --prompt --image --num-samples --tools --save-files --set --limit --seed --device
         --on-bad-sample --max-bad-fraction --out --overwrite --dry-run --json --quiet""",
     "eval": "--reference --map --limit --seed --device --out --overwrite --dry-run --json --quiet",
     "report": "--out --json",

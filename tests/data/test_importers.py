@@ -81,7 +81,7 @@ def test_scenes_become_one_folder_per_split(tmp_path: Path) -> None:
         shards = open_shards(str(out), split=split)
         assert len(shards) == count
         assert shards.provenance["importer"] == "scenes"
-        assert shards.provenance["arguments"] == {"level": 0, "count": 70, "seed": 0, "edits": True}
+        assert shards.provenance["arguments"] == {"level": 0, "count": 70, "seed": 0, "edits": True, "plans": 0}
         assert {split_of(Scene.from_json(sample.fields["scene"])) for sample in shards} == {split}
     assert status(out)["state"] == "done"
     assert sorted(path.name for path in out.iterdir()) == [".mmgen", "README.md", "heldout", "train", "val"]

@@ -175,7 +175,10 @@ def changed(folder: Path, **facts: Any) -> Path:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"model_type": "gemma"}, "model_type 'gemma'; of language models llama, mistral, qwen2, qwen3 are read"),
+        (
+            {"model_type": "gemma"},
+            "model_type 'gemma'; of language models llama, mistral, qwen2, qwen3, chameleon, emu3_text_model are read",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "scales its rotary positions by 'yarn'"),
         ({"rope_parameters": {**plain(1.0), "partial_rotary_factor": 0.5}}, "rotates a part of each head only"),

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 from worlds import CAPTIONS, lively, mixed_recipe, planner_of, sample_of, segment_lists, text
 
-from stages.decoding import FEW_ROWS, Prompt, Session, store_by_column, threads_for
+from stages.decoding import FEW_ROWS, Prompt, Session, prepare, store_by_column, threads_for
 from stages.model import Model
 from stages.parts.backbones import KeyValueCache, Transformer
 from stages.parts.backbones.transformer import Routing, TransformerConfig, rotate, without_module
+from stages.parts.heads.linear import LinearHead
 from stages.parts.layers import GeluMLP, LayerNorm
+from stages.parts.packed import Packed, pack_linears
 from stages.parts.samplers import AutoregressiveConfig, Guide
 from stages.recipe import SegmentSpec
 from stages.sequence.masks import may_attend
@@ -216,6 +218,62 @@ def test_wide_matrices_by_column_hold_the_same_values_and_write_the_same_text() 
     assert moved == wide - {"ports.text.connector.weight"}  # rows of an embedding are read one at a time
     assert any("qkv" in name for name in moved) and any("gate_up" in name for name in moved) and "ports.text.head.weight" in moved
     assert write(model) == write(other)
+
+
+# packed weights
+
+
+@pytest.fixture
+def _pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.parts.packed.SMALLEST", 0)
+
+
+@pytest.mark.usefixtures("_pack_small_weights")
+@pytest.mark.parametrize("keys", [*KINDS, {"mlp": {"kind": "moe", "experts": 3, "top_k": 2, "shared": 1}, "bias": "all"}])
+def test_packed_layers_compute_the_same_in_one_pass_and_column_by_column(keys: dict[str, object]) -> None:
+    network, packed = build(**keys), build(**keys)
+    pack_linears(packed)
+    layout = ragged([text(4), text(3, mask=MaskKind.FULL, expert=1), text(6)], [text(5), text(2, expert=1), text(6, expert=1)])
+    for b in (1, 2):  # one row is not packed
+        rows = Layout(**{name: value[:b] for name, value in vars(layout).items()})
+        x = noise(b, 13, WIDTH)
+        with torch.inference_mode():
+            expected = network(x, rows)
+            torch.testing.assert_close(packed(x, rows), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(column_by_column(packed, x, rows, 7, [6]), expected[:, 7:], atol=1e-5, rtol=1e-5)
+    made = [vars(module).get("forward") for module in packed.modules() if isinstance(module, torch.nn.Linear)]
+    used = [packing for packing in made if isinstance(packing, Packed) and packing.blocks is not None]
+    assert not torch.backends.mkldnn.is_available() or len(used) >= 2 * 4  # qkv, out and an MLP of two, in both layers
+    assert all(torch.equal(value, packed.state_dict()[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.usefixtures("_pack_small_weights")
+@pytest.mark.parametrize("bias", [False, True])
+def test_slices_of_a_packed_head(bias: bool) -> None:
+    head = LinearHead(WIDTH, 40, bias=bias, zero=False, tied_to=None)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, generator=Generator().manual_seed(0))
+    x = noise(4, WIDTH)
+    slices: list[tuple[int, int | None]] = [(0, None), (7, 20), (20, 40)]
+    with torch.inference_mode():
+        expected = [head(x, *piece) for piece in slices]
+        head.pack()
+        for _ in range(2):  # packed at first, then looked up
+            for piece, logits in zip(slices, expected, strict=True):
+                torch.testing.assert_close(head(x, *piece), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("_pack_small_weights")
+def test_empty_inputs_and_other_dtypes_go_by_the_plain_way() -> None:
+    weight, bias = noise(6, WIDTH), noise(6, seed=1)
+    assert Packed(weight, bias)(noise(0, WIDTH)).shape == (0, 6)
+    x = noise(3, WIDTH).double()
+    assert torch.equal(Packed(weight.double(), bias.double())(x), torch.nn.functional.linear(x, weight.double(), bias.double()))
+
+
+@pytest.mark.usefixtures("_pack_small_weights")
+def test_a_prepared_model_writes_the_same_text() -> None:
+    assert write(prepare(lively(mixed_recipe()))) == write(lively(mixed_recipe()))
 
 
 def write(model: Model) -> list[list[int]]:

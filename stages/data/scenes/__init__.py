@@ -3,6 +3,7 @@
 world      what a scene is, the levels of difficulty, the splits
 render     scene -> picture                reader     picture -> scene
 language   captions and their meanings     questions  questions and their answers     edits  instructions and what they do
+plans      requests and the tool calls that fulfil them
 samples    all of it as one sample         scoring    how far a drawn scene is the meant one
 """
 

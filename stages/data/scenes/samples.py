@@ -7,12 +7,13 @@ any number of machines.
 from stages.data.sample import Sample
 from stages.data.scenes.edits import draw_edit
 from stages.data.scenes.language import caption, paraphrases, partial_captions
+from stages.data.scenes.plans import plan_fields
 from stages.data.scenes.questions import questions
 from stages.data.scenes.render import draw_nuisance, render
 from stages.data.scenes.world import LEVELS, draw_scene, generator_for
 
 
-def scene_sample(level: int, seed: int, split: str, index: int, *, edits: bool = True) -> Sample:
+def scene_sample(level: int, seed: int, split: str, index: int, *, edits: bool = True, plans: int = 0) -> Sample:
     """The sample with these coordinates.
 
     image.png           the picture: uint8 (pixels, pixels, 3)
@@ -20,6 +21,7 @@ def scene_sample(level: int, seed: int, split: str, index: int, *, edits: bool =
     qa.json             [{"question", "answer", "type"}], at most one of a type
     scene.json          the scene graph; result.scene.json the one after the edit
     source.png, instruction.txt, result.png    an edit, unless not wanted: the same background, noise and placement on both sides
+    request.txt, plan.txt, steps.json   something to do and the tool calls that do it, at most `plans` of them (0: none of this)
     meta.json           where the sample comes from
     """
     rng = generator_for("scenes", level, seed, split, index)
@@ -38,4 +40,6 @@ def scene_sample(level: int, seed: int, split: str, index: int, *, edits: bool =
     if edits:
         after = {"result": render(result, nuisance), "result.scene": result.to_json(nuisance.offsets)}
         fields |= {"source": picture, "instruction": instruction, **after}
+    if plans:  # by numbers of their own: everything else stays what it is without them
+        fields |= plan_fields(scene, split, plans, generator_for("plans", level, seed, split, index))
     return Sample(key=f"scenes{level}-{seed}-{split}-{index:06d}", fields=fields, source="scenes")

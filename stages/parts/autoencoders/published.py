@@ -4,6 +4,7 @@ The convolutional autoencoders of the field have one body and several spellings 
 
     CompVis    taming transformers' VQGAN, latent diffusion, Chameleon's and VAR's tokenizers     encoder.down.0.block.1.conv1.weight
     LlamaGen   its VQ-8 and VQ-16                                                                encoder.conv_blocks.0.res.1.conv1.weight
+    Janus      as transformers saves it: CompVis, the decoder's levels in the other order           decoder.up.0.upsample.conv.weight
     diffusers  AutoencoderKL and VQModel, with the attention names of before 2023 too            encoder.down_blocks.0.resnets.1.conv1.weight
 
 A layout is recognised by its names. Every weight of ours has to be there in its shape, and every weight that is there has to be used,
@@ -13,7 +14,7 @@ of each cell, written as a 1 x 1 convolution by some: a weight (d, d, 1, 1) is r
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -118,7 +119,13 @@ DIFFUSERS = Layout(
     },
     norm_out="conv_norm_out",
 )
-LAYOUTS = (COMPVIS, LLAMAGEN, DIFFUSERS)
+JANUS = replace(  # CompVis, but for the decoder's levels, which are counted as they are computed
+    COMPVIS,
+    name="Janus",
+    mark="decoder.up.0.upsample.",
+    layers={ours: theirs.replace("decoder.up.{level}", "decoder.up.{step}") for ours, theirs in COMPVIS.layers.items()},
+)
+LAYOUTS = (JANUS, COMPVIS, LLAMAGEN, DIFFUSERS)
 
 AROUND: dict[str, Places] = {  # outside encoder and decoder all agree
     "to_moments": ("quant_conv",),

@@ -1,6 +1,7 @@
 """Language models that others released, as starts for our transformer: which weight is which, and what a recipe must say for them.
 
-One layout, which Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 share (and what is built like them, such as SmolLM2): `embed_tokens`, `layers.N.self_attn.q_proj` …,
+One layout, which Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 share (and what is built like them, such as SmolLM2, Emu3 and, but for its norms
+of queries and keys, Chameleon): `embed_tokens`, `layers.N.self_attn.q_proj` …,
 `norm`, all below one prefix (`model.`, or a longer one inside a larger model), and `lm_head`, absent where it is the embedding. Widths,
 biases and norms of queries and keys show in the weights; heads, eps and rotary positions only in config.json. Other families use the
 same names for another computation (Gemma adds one to its norms, Granite multiplies), so those that are read are listed by model_type.
@@ -16,9 +17,11 @@ from stages.parts.backbones.transformer import RopeScalingConfig, Transformer, T
 from stages.parts.config import PartConfig
 
 LAYOUT = "llama"
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "chameleon", "emu3_text_model")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the embedding's place tells the prefix
 LEFT_OUT = ("rotary_emb.inv_freq",)  # a constant that old files carry
+BESIDE = ("vqmodel.",)  # stands within Chameleon's prefix, and is no part of its language model
+HEAD_EPS = 1e-5  # of norms of queries and keys that are each head's own, whatever config.json says of the others
 
 NORM = {"final_norm": ("norm",)}
 LAYER = {  # ours → theirs; several are stacked in this order
@@ -81,7 +84,8 @@ def select(names: Iterable[str], where: str, inside: str = "") -> dict[str, str]
         raise DataError(f"{where}: {what}", hint=hint)
     parent = found[0].removesuffix("model.") if found[0].endswith("model.") else found[0]
     heads = {parent + HEAD, HEAD} & set(names)
-    kept = [name for name in names if name.startswith(found[0]) and not name.endswith(LEFT_OUT)]
+    beside = tuple(found[0] + part for part in BESIDE)
+    kept = [name for name in names if name.startswith(found[0]) and not name.endswith(LEFT_OUT) and not name.startswith(beside)]
     return {name: name for name in [*kept, *heads]}
 
 
@@ -115,6 +119,8 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
         )
     if facts.get("hidden_act", "silu") != "silu":
         raise UsageError(f"{where}: config.json says hidden_act {facts['hidden_act']!r}; only silu (SwiGLU) is read")
+    if facts.get("swin_norm"):
+        raise UsageError(f"{where}: norms after each branch (swin_norm), which the transformer here cannot")
     window = facts.get("sliding_window")
     if window and facts.get("use_sliding_window", kind == "mistral"):
         raise UsageError(f"{where}: attends through a sliding window of {window} tokens, which the transformer here cannot")
@@ -141,7 +147,7 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
         "mlp.kind": "swiglu",
         "norm.kind": "rms",
         "norm.eps": float(facts.get("rms_norm_eps", 1e-6)),
-        "qk_norm": f"{prefix}layers.0.self_attn.q_norm.weight" in tensors,
+        "qk_norm": _qk_norm(tensors, f"{prefix}layers.0.", facts, where),
         "bias": _bias(tensors, f"{prefix}layers.0.", where),
         "rope.theta": float(rope.get("rope_theta", facts.get("rope_theta", 10000.0))),
         "rope.scaling": _scaling(rope, facts, where),
@@ -167,6 +173,17 @@ def _bias(tensors: Mapping[str, Tensor], layer: str, where: str) -> str:
             f"{where}: biases on queries {q}, on the output of attention {out}, in the MLP {up}: the transformer here has all, those of qkv, or none"
         )
     return known[q, out, up]
+
+
+def _qk_norm(tensors: Mapping[str, Tensor], layer: str, facts: Mapping[str, Any], where: str) -> bool | str:
+    norm = tensors.get(f"{layer}self_attn.q_norm.weight")
+    if norm is None or norm.dim() == 1:
+        return norm is not None
+    if facts.get("rms_norm_eps", HEAD_EPS) != HEAD_EPS:
+        raise UsageError(
+            f"{where}: eps {facts['rms_norm_eps']:g} in its norms and {HEAD_EPS:g} in those of queries and keys: here it is one"
+        )
+    return "layer-per-head"
 
 
 def _scaling(rope: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> RopeScalingConfig | None:

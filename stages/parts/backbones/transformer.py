@@ -20,13 +20,24 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
+from stages.parts.backbones.modulation import (
+    BRANCH_PARTS,
+    FINAL_PARTS,
+    Condition,
+    Modulation,
+    ModulationKind,
+    TimestepCondition,
+    shifted,
+)
 from stages.parts.backbones.moe import Load, MoE, MoEConfig
 from stages.parts.config import PartConfig, parse_part
-from stages.parts.layers import NORMS, GeluMLP, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
+from stages.parts.layers import NORMS, GeluMLP, HeadNorm, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
+from stages.parts.packed import Packed
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
 
-Duplicated = Literal["norm", "qkv", "out", "mlp"]
+Duplicated = Literal["norm", "qkv", "out", "mlp", "modulation"]
+ROLES: tuple[Duplicated, ...] = ("norm", "qkv", "out", "mlp", "modulation")
 
 
 class RopeScalingConfig(PartConfig):
@@ -86,7 +97,9 @@ class TransformerConfig(PartConfig):
     """Sizes as in the papers: `mlp_ratio` · width is the hidden width of the MLP, `kv_heads` defaults to `heads`.
 
     experts: names; a port says which one its tokens use. duplicate: the modules each expert owns. expert_init = "copy" starts
-    every expert from the first one's weights.
+    every expert from the first one's weights. qk_norm: norms queries and keys, with one weight that all heads share, true for the kind
+    that `norm` has, or by a LayerNorm whose weights are each head's own. modulation: noise levels act on every layer (adaptive layer
+    norm), on each token that of its block.
     """
 
     kind: Literal["transformer"] = "transformer"
@@ -98,13 +111,14 @@ class TransformerConfig(PartConfig):
     mlp_ratio: float = 4.0
     mlp: MLPConfig | MoEConfig = MLPConfig()
     norm: NormConfig = NormConfig()
-    qk_norm: bool = False
+    qk_norm: bool | NormKind | Literal["layer-per-head"] = False
     bias: Literal["none", "qkv", "all"] = "none"
     rope: RopeConfig = RopeConfig()
     experts: tuple[str, ...] = ("main",)
-    duplicate: tuple[Duplicated, ...] = ("norm", "qkv", "out", "mlp")
+    duplicate: tuple[Duplicated, ...] = ROLES
     expert_init: Literal["random", "copy"] = "random"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    modulation: ModulationKind = "none"
 
     @field_validator("mlp", mode="before")
     @classmethod
@@ -183,6 +197,8 @@ Layer = dict[str, list[Function]]
 
 def without_module(copy: Function) -> Function:
     """The same function with its weights looked up once: in a decode step, calling modules takes as long as computing."""
+    if isinstance(packed := getattr(copy, "forward", None), Packed):
+        return packed
     if type(copy) is nn.Linear:
         return partial(F.linear, weight=copy.weight, bias=copy.bias)
     if type(copy) is RMSNorm:
@@ -256,6 +272,8 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleDict(self._layer(roles)) for _ in range(config.depth))
         if "norm" in roles:
             self.final_norm = NORMS[config.norm.kind](config.width, config.norm.eps)
+        if "modulation" in roles:
+            self.final_modulation = Modulation(config.modulation, config.width, FINAL_PARTS)
 
     def _layer(self, roles: tuple[str, ...]) -> dict[str, nn.Module]:
         c = self.config
@@ -267,8 +285,12 @@ class Stack(nn.Module):
             modules["attention_norm"], modules["mlp_norm"] = norm(c.width, c.norm.eps), norm(c.width, c.norm.eps)
         if "qkv" in roles:
             modules["qkv"] = nn.Linear(c.width, attention + 2 * kv, bias=c.bias != "none")
-            if c.qk_norm:
-                modules["q_norm"], modules["k_norm"] = norm(c.attention_dim, c.norm.eps), norm(c.attention_dim, c.norm.eps)
+            if c.qk_norm == "layer-per-head":
+                for role, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads or c.heads)):
+                    modules[role] = HeadNorm(heads, c.attention_dim, c.norm.eps)
+            elif c.qk_norm:
+                of_heads = norm if c.qk_norm is True else NORMS[c.qk_norm]
+                modules["q_norm"], modules["k_norm"] = of_heads(c.attention_dim, c.norm.eps), of_heads(c.attention_dim, c.norm.eps)
         if "out" in roles:
             modules["out"] = nn.Linear(attention, c.width, bias=c.bias == "all")
         if "mlp" in roles:
@@ -277,13 +299,15 @@ class Stack(nn.Module):
                 modules["mlp"] = MoE(c.mlp, c.width, c.mlp_width, bias)
             else:
                 modules["mlp"] = (SwiGLU if c.mlp.kind == "swiglu" else GeluMLP)(c.width, c.mlp_width, bias)
+        if "modulation" in roles:
+            modules["modulation"] = Modulation(c.modulation, c.width, BRANCH_PARTS)
         return modules
 
     def init_weights(self, generator: Generator) -> None:
         """norms: ones · qkv: 1/sqrt(fan in) · out, down: the same over sqrt(2 · depth), so that the residual stream keeps its scale."""
         out_std = 1.0 / math.sqrt(2 * self.config.depth)
         for module in self.modules():
-            if isinstance(module, RMSNorm | LayerNorm):
+            if isinstance(module, RMSNorm | LayerNorm | HeadNorm | Modulation):
                 module.init_weights(generator)
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)
@@ -302,11 +326,12 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        roles: tuple[str, ...] = ("norm", "qkv", "out", "mlp")
+        roles: tuple[str, ...] = tuple(role for role in ROLES if role != "modulation" or config.modulation != "none")
         owned = tuple(role for role in roles if role in config.duplicate or len(config.experts) == 1)
         common = tuple(role for role in roles if role not in owned)
         self.experts = nn.ModuleDict({name: Stack(config, owned) for name in config.experts})
         self.shared = Stack(config, common) if common else None
+        self.timestep = TimestepCondition(config.modulation, config.width) if config.modulation != "none" else None
         # for each layer, role → the module all share, or one copy an expert; the stacks above own them
         owners = [stack for stack in [self.shared, *self.experts.values()] if isinstance(stack, Stack)]
         self._layers: list[Layer] = [{} for _ in range(config.depth)]
@@ -316,6 +341,7 @@ class Transformer(nn.Module):
                 for role, module in layer.items():
                     self._layers[place].setdefault(role, []).append(module)
         self._final_norm: list[Function] = [owner.final_norm for owner in owners if hasattr(owner, "final_norm")]
+        self._final_modulation: list[Function] = [owner.final_modulation for owner in owners if hasattr(owner, "final_modulation")]
 
     def init_weights(self, generator: Generator) -> None:
         stacks = [stack for stack in self.experts.values() if isinstance(stack, Stack)]
@@ -325,6 +351,8 @@ class Transformer(nn.Module):
             self.copy_expert(self.config.experts[0])
         if self.shared is not None:
             self.shared.init_weights(generator)
+        if self.timestep is not None:
+            self.timestep.init_weights(generator)
 
     def shard_units(self) -> list[list[nn.Module]]:
         """What is put together when it runs, where weights are kept in shards: the modules of one layer, of all experts."""
@@ -338,20 +366,60 @@ class Transformer(nn.Module):
                 stack.load_state_dict(weights)
 
     def forward(
-        self, x: Tensor, layout: Layout | Arrangement, cache: KeyValueCache | None = None, loads: list[Load] | None = None
+        self,
+        x: Tensor,
+        layout: Layout | Arrangement,
+        cache: KeyValueCache | None = None,
+        loads: list[Load] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """layout: where the tokens stand, or what `arrange` made of that. loads: is given one entry for each mixture of experts."""
+        """layout: where the tokens stand, or what `arrange` made of that. loads: is given one entry for each mixture of experts.
+        noise: the level (b, l) that modulates each token, 0 without."""
         b, length, _ = x.shape
         places = layout if isinstance(layout, Arrangement) else self.arrange(layout, cache, x.dtype)
         routing = places.routing
         grouped = routing.group(x.reshape(b * length, -1))  # (n, d)
+        modulations = self._modulations(noise, routing, x)
         for place, layer in enumerate(places.layers):
-            normed = routing.through(layer["attention_norm"], grouped)
-            attended = self._attend(place, layer, normed, (b, length), places, cache)
-            grouped = grouped + self._drop(routing.through(layer["out"], attended))
-            normed = routing.through(layer["mlp_norm"], grouped)
-            grouped = grouped + self._drop(self._feed_forward(layer, normed, places, loads))
-        return routing.ungroup(routing.through(places.final_norm, grouped)).reshape(b, length, -1)
+            of_attention, of_mlp = modulations(layer["modulation"], 2) if modulations else (None, None)
+            attend = partial(self._attend, place, layer, shape=(b, length), places=places, cache=cache)
+            grouped = grouped + self._branch(layer["attention_norm"], attend, grouped, routing, of_attention)
+            feed = partial(self._feed_forward, layer, places=places, loads=loads)
+            grouped = grouped + self._branch(layer["mlp_norm"], feed, grouped, routing, of_mlp)
+        last = routing.through(places.final_norm, grouped)
+        if modulations:
+            ((shift, scale),) = modulations(self._final_modulation, 1)
+            last = shifted(last, shift, scale)
+        return routing.ungroup(last).reshape(b, length, -1)
+
+    def _branch(
+        self, norm: list[Function], run: Function, grouped: Tensor, routing: Routing, modulation: tuple[Tensor, ...] | None
+    ) -> Tensor:
+        """What a branch adds to the residual stream (n, d)."""
+        normed = routing.through(norm, grouped)
+        if modulation is None:
+            return self._drop(run(normed))
+        shift, scale, gate = modulation
+        return gate * self._drop(run(shifted(normed, shift, scale)))
+
+    def _modulations(self, noise: Tensor | None, routing: Routing, x: Tensor) -> Callable[..., Any] | None:
+        """A function (modules, branches) → for each branch its parts, (n, d) each in expert order; None without modulation.
+
+        The condition is embedded once for each distinct level, not for each token.
+        """
+        if self.timestep is None:
+            return None
+        levels, which = torch.unique(x.new_zeros(x.shape[:2]) if noise is None else noise, return_inverse=True)
+        condition = self.timestep(levels)
+        which = routing.group(which.reshape(-1))
+
+        def of(modules: list[Any], branches: int) -> list[tuple[Tensor, ...]]:
+            copies: list[Function] = [partial(_picked, module, condition) for module in modules]
+            parts = routing.through(copies, which).unbind(1)
+            size = len(parts) // branches
+            return [parts[start : start + size] for start in range(0, len(parts), size)]
+
+        return of
 
     # places
 
@@ -420,7 +488,7 @@ class Transformer(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
-    def _feed_forward(self, layer: Layer, normed: Tensor, places: Arrangement, loads: list[Load] | None) -> Tensor:
+    def _feed_forward(self, layer: Layer, normed: Tensor, *, places: Arrangement, loads: list[Load] | None) -> Tensor:
         """normed (n, d) in expert order → the MLP's (n, d) in expert order."""
         if not isinstance(self.config.mlp, MoEConfig):
             return places.routing.through(layer["mlp"], normed)
@@ -439,11 +507,12 @@ class Transformer(nn.Module):
         place: int,
         layer: Layer,
         normed: Tensor,
+        *,
         shape: tuple[int, int],
         places: Arrangement,
         cache: KeyValueCache | None,
     ) -> Tensor:
-        """normed (n, d) in expert order → attended (n, a·head_dim) in expert order."""
+        """normed (n, d) in expert order → what attention adds to each token (n, d), in expert order."""
         c = self.config
         kv_heads, dim = c.kv_heads or c.heads, c.attention_dim
         routing = places.routing
@@ -460,7 +529,12 @@ class Transformer(nn.Module):
         if cache is not None:
             k, v = cache.extend(place, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, is_causal=places.causal, enable_gqa=kv_heads != c.heads)
-        return routing.group(attended.transpose(1, 2).reshape(shape[0] * shape[1], -1))
+        return routing.through(layer["out"], routing.group(attended.transpose(1, 2).reshape(shape[0] * shape[1], -1)))
+
+
+def _picked(modulation: Modulation, condition: Condition, which: Tensor) -> Tensor:
+    """The modulation of each token (n, parts, d), whose level is the `which`-th."""
+    return modulation(condition).index_select(0, which)
 
 
 def is_real(layout: Layout) -> Tensor:

@@ -4,16 +4,39 @@ from stages.parts.connectors.convnext import ConvNeXtConfig
 from stages.parts.connectors.dual_path import DualPathConfig
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
+from stages.parts.connectors.scales import EmbeddingScalesConfig
+from stages.parts.connectors.transformer import TransformerConnectorConfig
 
-ConnectorConfig = EmbeddingConfig | EmbeddingMLPConfig | LinearConfig | MLPConfig | DualPathConfig | ConvNeXtConfig
+ConnectorConfig = (
+    EmbeddingConfig
+    | EmbeddingMLPConfig
+    | EmbeddingScalesConfig
+    | LinearConfig
+    | MLPConfig
+    | TransformerConnectorConfig
+    | DualPathConfig
+    | ConvNeXtConfig
+)
 
 CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "embedding": EmbeddingConfig,
     "embedding-mlp": EmbeddingMLPConfig,
+    "embedding-scales": EmbeddingScalesConfig,
     "linear": LinearConfig,
     "mlp": MLPConfig,
     "dual-path": DualPathConfig,
     "convnext": ConvNeXtConfig,
+    "transformer": TransformerConnectorConfig,
 }
 
-__all__ = ["CONNECTORS", "ConnectorConfig", "Embedding", "EmbeddingConfig", "EmbeddingMLPConfig", "LinearConfig", "MLPConfig"]
+__all__ = [
+    "CONNECTORS",
+    "ConnectorConfig",
+    "Embedding",
+    "EmbeddingConfig",
+    "EmbeddingMLPConfig",
+    "EmbeddingScalesConfig",
+    "LinearConfig",
+    "MLPConfig",
+    "TransformerConnectorConfig",
+]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.parts.config import PartConfig
-from stages.parts.layers import init_linear
+from stages.parts.layers import RMSNorm, init_linear
 
 
 class LinearConfig(PartConfig):
@@ -15,10 +15,11 @@ class LinearConfig(PartConfig):
 
     kind: Literal["linear"] = "linear"
     bias: bool = True
+    norm: Literal["none", "rms"] = "none"  # of what comes in
     dim: int | None = None  # the output, on ports that enter no backbone (the joint space of contrastive towers)
 
     def build(self, in_dim: int, out_dim: int) -> "Projection":
-        return Projection([in_dim, self.dim or out_dim], bias=self.bias)
+        return Projection([in_dim, self.dim or out_dim], bias=self.bias, norm=self.norm == "rms")
 
 
 class MLPConfig(PartConfig):
@@ -34,15 +35,19 @@ class MLPConfig(PartConfig):
 class Projection(nn.Module):
     """values (n, in_dim) → (n, out_dim); one token in, one token out."""
 
-    def __init__(self, dims: list[int], *, bias: bool = True) -> None:
+    def __init__(self, dims: list[int], *, bias: bool = True, norm: bool = False) -> None:
         super().__init__()
+        self.norm = RMSNorm(dims[0]) if norm else None
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(dims))
 
     def init_weights(self, generator: torch.Generator) -> None:
+        if self.norm is not None:
+            self.norm.init_weights(generator)
         for layer in self.layers:
             init_linear(layer, generator)
 
     def forward(self, values: Tensor, grids: list[tuple[int, ...]] | None = None) -> Tensor:
+        values = values if self.norm is None else self.norm(values)
         for place, layer in enumerate(self.layers):
             values = layer(nn.functional.gelu(values) if place else values)
         return values

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stages.parts.config import PartConfig
 from stages.parts.layers import init_linear
+from stages.parts.packed import Packed
 
 
 class LinearHeadConfig(PartConfig):
@@ -34,6 +35,7 @@ class LinearHead(nn.Module):
         if tied_to is None:
             self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+        self._packed: dict[tuple[int, int], Packed] | None = None
 
     def init_weights(self, generator: torch.Generator) -> None:
         if not self._tied:
@@ -44,4 +46,13 @@ class LinearHead(nn.Module):
     def forward(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.out_dim if stop is None else stop
         table = self._tied[0].weight if self._tied else self.weight
-        return F.linear(hidden, table[start:stop], None if self.bias is None else self.bias[start:stop])
+        weight, bias = table[start:stop], None if self.bias is None else self.bias[start:stop]
+        if self._packed is None:
+            return F.linear(hidden, weight, bias)
+        if (start, stop) not in self._packed:
+            self._packed[start, stop] = Packed(weight, bias)
+        return self._packed[start, stop](hidden)
+
+    def pack(self) -> None:
+        """From now on every slice that is asked for multiplies by a packed copy of the weights there are now."""
+        self._packed = {}

@@ -4,7 +4,7 @@ from stages.parts.quantizers.bsq import BSQConfig
 from stages.parts.quantizers.fsq import FSQConfig
 from stages.parts.quantizers.ibq import IBQConfig
 from stages.parts.quantizers.lfq import LFQConfig
-from stages.parts.quantizers.multi_scale import MultiScaleConfig
+from stages.parts.quantizers.multi_scale import MultiScaleConfig, MultiScaleVQ
 from stages.parts.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
 from stages.parts.quantizers.residual import ResidualConfig
 from stages.parts.quantizers.vq import VQConfig
@@ -26,6 +26,7 @@ __all__ = [
     "IBQConfig",
     "LFQConfig",
     "MultiScaleConfig",
+    "MultiScaleVQ",
     "Quantized",
     "Quantizer",
     "QuantizerConfig",

@@ -50,6 +50,15 @@ class MultiScaleConfig(CodebookConfig):
     def code_shape(self, height: int, width: int) -> tuple[int, ...]:
         return (sum(rows * columns for rows, columns in self.grids(height, width)),)
 
+    def square_grid(self, length: int) -> tuple[int, int]:
+        """The square grid of latents with that many codes. DataError if there is none."""
+        side = 1
+        while self.code_shape(side, side)[0] < length:
+            side += 1
+        if self.code_shape(side, side)[0] != length:
+            raise DataError(f"{length:,} codes are not those of a square grid", hint="say which grid of latents they describe")
+        return side, side
+
     def build(self, in_dim: int) -> "MultiScaleVQ":
         return MultiScaleVQ(self, in_dim)
 
@@ -82,7 +91,7 @@ class MultiScaleVQ(CodebookQuantizer):
         return Quantized(straight_through(total, latents), torch.cat([codes.view(len(left), -1) for _, codes in steps], dim=1), losses)
 
     def lookup_grid(self, codes: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        scales = self.config.grids(*(grid or self.square_grid(codes.shape[1])))
+        scales = self.config.grids(*(grid or self.config.square_grid(codes.shape[1])))
         sizes = [rows * columns for rows, columns in scales]
         if sum(sizes) != codes.shape[1]:
             raise DataError(f"a grid of {scales[-1][0]} x {scales[-1][1]} latents has {sum(sizes):,} codes, found {codes.shape[1]:,}")
@@ -108,11 +117,22 @@ class MultiScaleVQ(CodebookQuantizer):
         margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
         return int(np.abs(np.linspace(margin, 1 - margin, phis) - place).argmin())
 
-    def square_grid(self, length: int) -> tuple[int, int]:
-        """The square grid of latents with that many codes. DataError if there is none."""
-        side = 1
-        while self.config.code_shape(side, side)[0] < length:
-            side += 1
-        if self.config.code_shape(side, side)[0] != length:
-            raise DataError(f"{length:,} codes are not those of a square grid", hint="say which grid of latents they describe")
-        return side, side
+    def map_for(self, total: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The (b, d, h, w) sum of coarser scales as a scale of that grid is shown it: averaged over its cells, rows (b, n, d)."""
+        return F.interpolate(total, size=grid, mode="area").flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def maps(self, codes: Tensor, grid: tuple[int, int], given: Tensor) -> Tensor:
+        """What a network is shown in the places of (b, n) codes: (b, n, d), in float32 outside autocast.
+
+        Of a picture to be drawn, the sum of all scales before a code's own (VAR, algorithm 2; zeros for the first), so that the code can
+        be predicted there; of one that is `given` (bool (b,)), the sum with its own scale, so that nothing of the picture is missing.
+        """
+        with torch.autocast(codes.device.type, enabled=False):
+            scales = self.config.grids(*grid)
+            total = self.codebook.new_zeros(len(codes), self.config.dim, *grid)
+            shown: list[Tensor] = []
+            for number, (own, scale) in enumerate(zip(codes.split([h * w for h, w in scales], dim=1), scales, strict=True)):
+                before, total = total, total + self.part(own, number, scale, grid)
+                shown.append(self.map_for(torch.where(given[:, None, None, None], total, before), scale))
+            return torch.cat(shown, dim=1)

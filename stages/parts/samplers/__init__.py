@@ -4,13 +4,17 @@ from stages.parts.samplers.denoise import DdimConfig, DenoiseSamplerConfig, Eule
 from stages.parts.samplers.guidance import Guide, SamplerConfig
 from stages.parts.samplers.logits import AutoregressiveConfig
 from stages.parts.samplers.masked import MaskedConfig
+from stages.parts.samplers.next_scale import NextScaleSamplerConfig
+from stages.parts.samplers.regress import RegressSamplerConfig
 
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     "autoregressive": AutoregressiveConfig,
     "masked": MaskedConfig,
+    "next-scale": NextScaleSamplerConfig,
     "euler": EulerConfig,
     "ddim": DdimConfig,
     "heun": HeunConfig,
+    "regress": RegressSamplerConfig,
 }
 
 __all__ = [
@@ -22,6 +26,8 @@ __all__ = [
     "Guide",
     "HeunConfig",
     "MaskedConfig",
+    "NextScaleSamplerConfig",
+    "RegressSamplerConfig",
     "SamplerConfig",
     "sample_denoised",
 ]

@@ -15,12 +15,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from stages.errors import DataError, RecipeError, UsageError, nearest
+from stages.errors import DataError, MmgenError, RecipeError, UsageError, nearest
 from stages.files import write_atomic
+from stages.parts.backbones.gguf_file import tokenizer_of
 from stages.parts.config import PartConfig
+from stages.parts.tokenizers.picture_entries import without_codes
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
-TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text")
+TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text", "request", "plan")
 RECORD_KEYS = ("question", "answer", "text", "caption", "instruction")  # what is language in a record such as one of `qa`
 
 
@@ -90,7 +92,7 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
 
     def extends(self, file: Path) -> bool:
-        """Whether every entry of another tokenizer.json has the same id here."""
+        """Whether every entry of another tokenizer.json, or of the tokenizer in a GGUF file, has the same id here."""
         return read_table(file).get_vocab().items() <= self._tokenizer.get_vocab().items()
 
     @property
@@ -130,9 +132,12 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def read_table(file: Path) -> Tokenizer:
-    """A tokenizer.json. DataError if it is damaged."""
+    """A tokenizer.json without entries that are codes of pictures, or the tokenizer in a GGUF file. DataError if it is damaged."""
     try:
-        return Tokenizer.from_file(str(file))
+        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else file.read_text(encoding="utf-8")
+        return Tokenizer.from_str(without_codes(text))
+    except MmgenError:
+        raise
     except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot parse
         raise DataError(f"{file}: {error}") from None
 
