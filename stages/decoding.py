@@ -26,10 +26,12 @@ from stages.parts.samplers import (
     DenoiseSamplerConfig,
     Guide,
     MaskedConfig,
+    MaskedDenoiseSamplerConfig,
     NextScaleSamplerConfig,
     RegressSamplerConfig,
     SamplerConfig,
     sample_denoised,
+    sample_masked_latents,
 )
 from stages.parts.samplers.noise import sample_generator, sample_normals, sample_uniforms
 from stages.parts.schedules import NOISE_SCHEDULES
@@ -239,9 +241,12 @@ class Session:
     def _step(self, name: str, ids: Tensor, column: Arrangement, on: Tensor, place: Tensor | None = None) -> None:
         """One more token of each sample joins every pass; rows that are not `on` keep their last hidden row. `place` (d,) is added."""
         ids = ids.repeat(self.passes) if self.passes > 1 else ids
-        vectors = self.model.embed_ids(name, ids).unsqueeze(1)
-        vectors = vectors if place is None else vectors + place
-        hidden = self.backbone(vectors, column, self.cache)
+        vectors = self.model.embed_ids(name, ids)
+        self._join(vectors if place is None else vectors + place, column, on)
+
+    def _join(self, vectors: Tensor, column: Arrangement, on: Tensor) -> None:
+        """One more vector (rows, d) in every row."""
+        hidden = self.backbone(vectors.unsqueeze(1), column, self.cache)
         self.cache.advance()
         self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
 
@@ -299,8 +304,12 @@ class Session:
         rows = self.repeat([block if on else [] for on in active])
         rows, self.open = [[*given, *row] for given, row in zip(self.open, rows, strict=True)], [[] for _ in rows]
         batch, moved = self.lay_out(rows)
-        if isinstance(sampler, AutoregressiveConfig):
+        if isinstance(sampler, AutoregressiveConfig) and channels is not None:
+            content = self._features_in_order(spec.port, batch, length, active)
+        elif isinstance(sampler, AutoregressiveConfig):
             content = self._codes_in_order(spec.port, sampler, batch, length, active)
+        elif isinstance(sampler, MaskedDenoiseSamplerConfig):
+            content = self._latents_in_rounds(spec.port, sampler, batch, length, active)
         elif isinstance(sampler, MaskedConfig):
             content = self._codes_in_rounds(spec.port, sampler, batch, length, active)
         elif isinstance(sampler, RegressSamplerConfig):
@@ -337,6 +346,18 @@ class Session:
                 codes.append(sampler.choose(logits, uniforms[:, place]))
                 self._step(name, codes[-1], column, on, None if places is None else places[place])
         return torch.stack(codes, dim=1)
+
+    def _features_in_order(self, name: str, batch: Batch, length: int, active: Sequence[bool]) -> Tensor:
+        """One feature after another (b, n, d), each fed back through the port's connector."""
+        on = torch.tensor(list(active), device=self.device).repeat(self.passes)
+        module: Any = self.model.ports[name]
+        self.cache.reserve(batch.layout)
+        features: list[Tensor] = []
+        with threads_for(self.b * self.passes):
+            for column in self._columns(length):
+                features.append(self.guided(self.model.predict(name, self.last)))
+                self._join(module.connector(features[-1].repeat(self.passes, 1)), column, on)
+        return torch.stack(features, dim=1)
 
     def _codes_row_by_row(
         self, name: str, sampler: AutoregressiveConfig, parts: Sequence[Segment], active: Sequence[bool], *, commit: bool
@@ -375,7 +396,7 @@ class Session:
             batch = batch.to(self.device)
             maps = self._rows_of(quantizer.map_for(total, (part.grid[0], part.grid[1])), active)
             rows = with_values(batch.ports[name], maps, None)
-            hidden = self.model.hidden(replace(batch, ports={name: rows}), self.cache)
+            hidden = self.model.hidden(replace(batch, ports={name: rows}), self.cache, network=self.network)
             self.cache.commit(batch.layout)
             self.last = torch.where(on[:, None], hidden[:, -1], self.last)
             logits = self.model.predict(name, hidden.flatten(0, 1).index_select(0, rows.rows))
@@ -420,6 +441,38 @@ class Session:
         output = self._run_block(name, batch, self._places(batch), self._rows_of(numbers, active), None)
         return self._per_sample(self.guided(output.reshape(-1, length, output.shape[-1])), active)
 
+    def _latents_in_rounds(
+        self, name: str, sampler: MaskedDenoiseSamplerConfig, batch: Batch, length: int, active: Sequence[bool]
+    ) -> Tensor:
+        """Masked autoregression: each round sees the whole block over the cached prefix, then the port's head denoises alone."""
+        objective: Any = self.model.recipe.ports[name].objective
+        head: Any = self.model.ports[name].head
+        places = self._places(batch)
+
+        def condition(latents: Tensor, hidden: Tensor) -> Tensor:
+            rows = replace(with_values(batch.ports[name], self._rows_of(latents, active), None), hidden=self._rows_of(hidden, active))
+            z = self.model.conditions(name, rows, self._block_rows(batch, places, name, rows))
+            each = z.reshape(self.passes, -1, length, z.shape[1]).unbind(0)
+            return torch.stack([self._per_sample(own, active) for own in each])
+
+        def denoise(noisy: Tensor, t: float, *, z: Tensor, share: float) -> Tensor:
+            rows = noisy.flatten(0, 1).repeat(self.passes, 1)
+            levels = torch.full((len(rows),), t, device=rows.device)
+            output = head(rows, levels, z.flatten(0, 2)).reshape(-1, *noisy.shape[1:])
+            return torch.lerp(output[: self.b], self.guided(output, t), share)
+
+        return sample_masked_latents(
+            sampler,
+            condition,
+            denoise,
+            (length, batch.ports[name].values.shape[1]),
+            NOISE_SCHEDULES[objective.schedule],
+            objective.predict,
+            self.generators(),
+            like=self.last,
+            timestep_shift=objective.timestep_shift,
+        )
+
     def _rows_of(self, values: Tensor, active: Sequence[bool]) -> Tensor:
         """(b, n, ...) per sample → (rows that own tokens, ...) in table order, once for every pass."""
         on = values[torch.tensor(list(active), device=values.device)]
@@ -440,10 +493,14 @@ class Session:
     def _run_block(self, name: str, batch: Batch, places: Arrangement, values: Tensor, t: float | None) -> Tensor:
         """One uncommitted pass over a block with other values in its port's rows: predictions (rows, ...) of that port."""
         rows = with_values(batch.ports[name], values, t)
+        return self.model.predict(name, self._block_rows(batch, places, name, rows), rows=rows)
+
+    def _block_rows(self, batch: Batch, places: Arrangement, name: str, rows: PortRows) -> Tensor:
+        """The hidden rows (rows, d) of one port in an uncommitted pass over a block that shows these `rows` of it."""
         shown = replace(batch, ports={**batch.ports, name: rows})
         vectors, noise = self.model.embed(shown, self.network), self.model.noise(shown, self.network)
         hidden = self.backbone(vectors, places, self.cache, noise=noise)
-        return self.model.predict(name, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows), rows=rows)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.rows)
 
     def _commit(self, name: str, batch: Batch, content: Tensor, active: Sequence[bool], written: Sequence[Sequence[Segment]]) -> None:
         rows = with_values(batch.ports[name], self._rows_of(content.reshape(self.b, -1, *batch.ports[name].values.shape[1:]), active), 0.0)

@@ -19,7 +19,7 @@ from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
 from stages.parts.connectors.queries import Queries
 from stages.parts.connectors.scales import accumulated_maps
-from stages.parts.layers import TimestepEmbedding, sincos_2d
+from stages.parts.layers import MaskVector, TimestepEmbedding, sincos_2d
 from stages.parts.quantizers import MultiScaleVQ
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
@@ -69,6 +69,11 @@ class PortModule(nn.Module):
             self.timestep = timestep
 
 
+def keeps_memory(port: nn.Module) -> bool:
+    """Whether a port's connector looks at whole pictures, hides tokens by itself and keeps a memory for the head."""
+    return getattr(getattr(port, "connector", None), "keeps_memory", False)
+
+
 class Model(nn.Module):
     """All networks of a recipe but its tokenizers and autoencoders, which come with the shards and never train here.
 
@@ -115,7 +120,10 @@ class Model(nn.Module):
             if port.head is not None:
                 head = port.head.build(width, in_dim)
         timestep = TimestepEmbedding(width) if port.timestep in ("add", "token") else None
-        return PortModule(port, connector, head, timestep)
+        module = PortModule(port, connector, head, timestep)
+        if port.objective is not None and port.objective.kind == "masked-denoise" and not keeps_memory(module):
+            module.mask = MaskVector(width)
+        return module
 
     def content_dim(self, port: Port) -> int:
         """Channels of one token of a port's content, before its connector."""
@@ -172,7 +180,7 @@ class Model(nn.Module):
             rows_of[name] = hidden.reshape(-1, hidden.shape[-1])
         for name, rows in noisy.ports.items():
             if rows.supervised is not None:
-                losses[name] = self._supervise(name, rows, rows_of[self.table_of(name)])
+                losses[name] = self._supervise(name, rows, rows_of[self.table_of(name)], generator)
         for name, objective in self.objectives.items():
             between = [address.removeprefix("ports.") for address in self.recipe.objectives[name].between]  # type: ignore[attr-defined]
             if all(port in noisy.ports for port in between):
@@ -263,8 +271,12 @@ class Model(nn.Module):
         if port.by_scale:
             maps = values if values.is_floating_point() else accumulated_maps(self.quantizer_of(name), rows)
             vectors = module.connector(maps, rows)
+        elif keeps_memory(module):
+            vectors, rows.memory = module.connector(values, rows.grids, rows.hidden)
         else:
             vectors = self.embed_ids(name, values) if port.is_ids else module.connector(values, rows.grids)
+            if rows.hidden is not None:
+                vectors = module.mask(vectors, rows.hidden)
         if port.grid_embedding != "none":
             vectors = vectors + self.embed_places(name, rows.grids).to(vectors)
         if port.timestep == "add":
@@ -311,7 +323,12 @@ class Model(nn.Module):
         piece = self.slices[name]
         return module.head(hidden) if whole else module.head(hidden, piece.start, piece.stop)
 
-    def _supervise(self, name: str, rows: PortRows, flat: Tensor) -> PortLoss:
+    def conditions(self, name: str, rows: PortRows, hidden: Tensor) -> Tensor:
+        """The hidden rows (n, d) of all of one port's tokens → what its diffusion head denoises each by (n, w)."""
+        head: Any = self.ports[name].head
+        return head.condition(hidden, rows.grids, rows.memory)
+
+    def _supervise(self, name: str, rows: PortRows, flat: Tensor, generator: Generator) -> PortLoss:
         assert rows.supervised is not None and rows.read is not None and rows.goal is not None
         picked = rows.supervised.nonzero().squeeze(1)
         if not len(picked):
@@ -319,6 +336,10 @@ class Model(nn.Module):
         objective: Any = self.recipe.ports[name].objective
         whole = getattr(objective, "softmax", "port") == "vocabulary"
         goal = rows.goal.index_select(0, picked)
+        if objective.kind == "masked-denoise":
+            z = self.conditions(name, rows, flat.index_select(0, rows.rows)).index_select(0, picked)
+            losses = objective.denoising_loss(self.ports[name].head, goal, z, generator) * rows.weight.index_select(0, picked)
+            return PortLoss(losses.sum(), len(picked))
         if whole:
             goal = goal + self.slices[name].start
         prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole, rows=rows, picked=picked)

@@ -485,9 +485,10 @@ def _check(recipe: Recipe) -> None:
             _check_scales(here, recipe, port)
         if port.objective is not None and port.objective.kind == "denoise" and port.timestep == "none":
             raise RecipeError(f"{here}.timestep: a port that denoises must say how the noise level enters", hint='timestep = "add"')
+        _check_tokenwise(here, port)
         if (
             port.objective is not None
-            and port.objective.kind == "denoise"
+            and port.objective.kind in ("denoise", "masked-denoise")
             and (port.objective.schedule, port.objective.predict) == ("linear", "noise")
         ):
             message = f"{here}.objective: on the linear path, predicted noise says nothing about the picture at t = 1"
@@ -524,6 +525,8 @@ def _check(recipe: Recipe) -> None:
             "denoise": ("euler", "ddim", "heun"),
             "regress": ("regress",),
             "next-scale": ("next-scale",),
+            "masked-denoise": ("masked-denoise",),
+            "next-feature": ("autoregressive",),
         }
         if objective is None:
             raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
@@ -532,6 +535,9 @@ def _check(recipe: Recipe) -> None:
                 f"sample.{name}.sampler: '{sampler}' does not fit the objective '{objective.kind}'",
                 hint=nearest("", fitting[objective.kind]),
             )
+        drawing = sorted({"temperature", "top_k", "top_p", "max_tokens"} & recipe.sample[name].model_fields_set)
+        if objective.kind == "next-feature" and drawing:
+            raise RecipeError(f"sample.{name}.{drawing[0]}: features are regressed, nothing is drawn from them", hint="leave it out")
     _check_guidance(recipe)
 
 
@@ -557,6 +563,38 @@ def _check_between_networks(recipe: Recipe, here: str, port: Port) -> None:
         raise RecipeError(f"{here}.of: {', '.join(port.of)} are not rows of one network")
     if order.index(networks.pop()) >= order.index(own):
         raise RecipeError(f"{here}.of: it must read a network that stands before backbones.{own} in the file, where they run in order")
+
+
+def _check_tokenwise(here: str, port: Port) -> None:
+    """Latents that are hidden need a head that denoises them one by one, and features that are regressed an encoder that makes them."""
+    kind = port.objective.kind if port.objective is not None else ""
+    head, connector = (part.kind if part is not None else "" for part in (port.head, port.connector))
+    if kind == "masked-denoise" and (port.content != Content.LATENTS or port.enters != "sequence"):
+        raise RecipeError(f"{here}.objective: 'masked-denoise' hides latents of a sequence, not \"{port.content}\"")
+    if kind == "masked-denoise" and port.timestep != "none":
+        raise RecipeError(
+            f"{here}.timestep: the noise level of 'masked-denoise' enters its head alone, found \"{port.timestep}\"", hint='"none"'
+        )
+    if kind and (kind == "masked-denoise") != (head == "diffusion-mlp"):
+        raise RecipeError(
+            f"{here}.head: '{head}' does not fit the objective '{kind}'", hint="diffusion-mlp goes with masked-denoise, and only it"
+        )
+    if connector == "masked-encoder":
+        decoder = getattr(port.head, "decoder", None)
+        if kind != "masked-denoise":
+            raise RecipeError(f"{here}.connector: 'masked-encoder' goes with the objective masked-denoise, found '{kind or 'none'}'")
+        if decoder is not None and decoder.width != port.connector.width:
+            message = (
+                f"{here}.head.decoder.width: {decoder.width}, but it adds to what the connector keeps, which is {port.connector.width} wide"
+            )
+            raise RecipeError(message, hint=f"width = {port.connector.width}")
+    if kind == "next-feature":
+        if port.content != Content.FEATURES or not port.encoder or port.tokenizer or port.enters != "sequence" or port.select != "tokens":
+            raise RecipeError(f"{here}.objective: 'next-feature' predicts the tokens an encoder makes of a picture, in a sequence")
+        if port.mask != MaskKind.CAUSAL:
+            raise RecipeError(
+                f'{here}.mask: features written one after another must not see those to come, found "{port.mask}"', hint='"causal"'
+            )
 
 
 def _check_rows(here: str, port: Port) -> None:
@@ -627,7 +665,7 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
                 raise RecipeError(
                     f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask"
                 )
-            shifted = port.objective is not None and port.objective.kind == "next-token" and segment.role == Role.TARGET
+            shifted = port.objective is not None and port.objective.kind in ("next-token", "next-feature") and segment.role == Role.TARGET
             last = recipe.ports[previous.port]
             if shifted and segment.port in last.hidden_from and not last.markers.after and not port.markers.before:
                 raise RecipeError(

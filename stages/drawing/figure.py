@@ -161,9 +161,9 @@ def legend_rows(figure: Figure, examples: Sequence[Example]) -> Drawn:
     entries: list[tuple[list[str], float, str]] = []
     if examples:
         entries.append(([toned("given")], 14, "given"))
-    if "next-token" in kinds:
+    if kinds & {"next-token", "next-feature"}:
         entries.append(([chevron(4, 7, tone), rect(10, 0, 14, 14, f"predicted {tone}", 3)], 24, "predicted from the token before it"))
-    if "masked-token" in kinds:
+    if kinds & {"masked-token", "masked-denoise"}:
         mark = moved([text(7, 11, "?", "mid bold tone", 10)], 0, 0, tone)
         entries.append(([toned("hidden"), mark], 14, "hidden, predicted in place"))
     if "denoise" in kinds:
@@ -453,7 +453,7 @@ def cells_drawn(figure: Figure, drawn: DrawnSegment, begin: int, end: int) -> li
     def style(token: int) -> str:
         if not any(drawn.supervised[token : token + 1]):
             return "given"
-        return {"masked-token": "hidden", "denoise": "noisy"}.get(drawn.objective, "predicted")
+        return {"masked-token": "hidden", "masked-denoise": "hidden", "denoise": "noisy"}.get(drawn.objective, "predicted")
 
     content, x = [], 0.0
     if not any(drawn.labels):

@@ -119,6 +119,20 @@ class TimestepEmbedding(nn.Module):
         return self.outer(F.silu(self.inner(waves)))
 
 
+class MaskVector(nn.Module):
+    """vectors (n, w), hidden bool (n,) → the same with one learned vector where a token is hidden."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def init_weights(self, generator: Generator) -> None:
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+
+    def forward(self, vectors: Tensor, hidden: Tensor) -> Tensor:
+        return torch.where(hidden.unsqueeze(1), self.weight.to(vectors), vectors)
+
+
 @cache
 def sincos_2d(grid: tuple[int, ...], width: int) -> Tensor:
     """Fixed 2-D table (h·w, width): half the width for rows, half for columns, each sin beside cos (DiT, arXiv:2212.09748).

@@ -194,6 +194,8 @@ class PortRows(TensorTable):
     supervised: Tensor | None = None  # bool (n,)
     timestep: Tensor | None = None  # float (n,); 0 clean, 1 noise
     source: Tensor | None = None  # int64 (n,); hidden rows: the flat index in the other network's table that token i is
+    hidden: Tensor | None = None  # bool (n,); shown as a learned vector
+    memory: Tensor | None = None  # (n, w); what a connector keeps of each token for the head of its port
     lengths: Tensor | None = None  # int64 (s,); for ragged ids outside the table
     time_rows: Tensor | None = None  # int64 (s,); flat index of the row that says a segment's noise level
 

@@ -118,6 +118,7 @@ def test_every_connector_of_vectors_keeps_the_tokens_and_lets_gradients_through(
     connector.init_weights(Generator().manual_seed(0))
     values = noise(6, 5).requires_grad_()
     out = connector(values, [(2, 3)])
+    out = out[0] if isinstance(out, tuple) else out  # beside it what the port's head will want
     assert out.shape == (6, 12)
     out.square().sum().backward()
     assert values.grad is not None
@@ -156,7 +157,7 @@ def test_an_embedding_looks_rows_up_with_gradients_for_those_rows_only() -> None
 # heads
 
 
-@pytest.mark.parametrize("kind", [kind for kind, head in HEADS.items() if not getattr(head, "for_pictures", False)])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])  # the others have no vocabulary
 def test_a_slice_of_a_head_is_the_slice_of_its_output(kind: str) -> None:
     head = HEADS[kind](**({"bias": True} if "bias" in HEADS[kind].model_fields else {})).build(6, 11)
     randomised(head)

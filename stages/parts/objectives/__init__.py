@@ -7,13 +7,17 @@ at whole pictures and belong to a task. One row of a dict per kind.
 from stages.parts.config import PartConfig
 from stages.parts.objectives.contrastive import ContrastiveConfig
 from stages.parts.objectives.denoise import DenoiseConfig
+from stages.parts.objectives.masked_denoise import MaskedDenoiseConfig
 from stages.parts.objectives.masked_token import MaskedTokenConfig
+from stages.parts.objectives.next_feature import NextFeatureConfig
 from stages.parts.objectives.next_scale import NextScaleConfig
 from stages.parts.objectives.next_token import NextTokenConfig
 from stages.parts.objectives.reconstruction import ReconstructionConfig
 from stages.parts.objectives.regress import RegressConfig
 
-RowObjective = NextTokenConfig | MaskedTokenConfig | NextScaleConfig | DenoiseConfig | RegressConfig
+RowObjective = (
+    NextTokenConfig | MaskedTokenConfig | NextScaleConfig | DenoiseConfig | MaskedDenoiseConfig | NextFeatureConfig | RegressConfig
+)
 
 ROW_OBJECTIVES: dict[str, type[RowObjective]] = {
     "next-token": NextTokenConfig,
@@ -21,6 +25,8 @@ ROW_OBJECTIVES: dict[str, type[RowObjective]] = {
     "next-scale": NextScaleConfig,
     "denoise": DenoiseConfig,
     "regress": RegressConfig,
+    "masked-denoise": MaskedDenoiseConfig,
+    "next-feature": NextFeatureConfig,
 }
 
 OBJECTIVES: dict[str, type[PartConfig]] = {
@@ -33,7 +39,9 @@ __all__ = [
     "ROW_OBJECTIVES",
     "ContrastiveConfig",
     "DenoiseConfig",
+    "MaskedDenoiseConfig",
     "MaskedTokenConfig",
+    "NextFeatureConfig",
     "NextScaleConfig",
     "NextTokenConfig",
     "ReconstructionConfig",

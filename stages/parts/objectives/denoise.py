@@ -16,15 +16,24 @@ from stages.parts.schedules import NOISE_SCHEDULES, draw_timesteps
 from stages.sequence.segment import PortRows
 
 
-class DenoiseConfig(PartConfig):
+class NoisingConfig(PartConfig):
     """schedule: alpha, sigma. predict: noise (DDPM, arXiv:2006.11239), velocity (rectified flow, arXiv:2209.03003) or clean.
     timesteps: how t is drawn; timestep_shift warps it towards noise (SD3, arXiv:2403.03206, eq. 23)."""
 
-    kind: Literal["denoise"] = "denoise"
     schedule: Literal["linear", "cosine", "ddpm-linear", "scaled-linear"] = "linear"
     predict: Literal["noise", "velocity", "clean"] = "velocity"
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
     timestep_shift: float = 1.0
+
+    def loss(self, prediction: Tensor, goal: Tensor) -> Tensor:
+        """Squared error, mean over channels: (n, c) → (n,)."""
+        return (prediction.float() - goal.float()).square().mean(dim=1)
+
+
+class DenoiseConfig(NoisingConfig):
+    """Each target segment is noised as a whole, and denoised by the whole network."""
+
+    kind: Literal["denoise"] = "denoise"
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
         """One t for each target segment; context segments stay clean at t = 0."""
@@ -37,7 +46,3 @@ class DenoiseConfig(PartConfig):
         noisy = torch.where(clean.target.unsqueeze(1), level.alpha * clean.values + level.sigma * noise, clean.values)
         goal = target(self.predict, clean.values, noise, level)
         return replace(clean, values=noisy, goal=goal, read=clean.rows, supervised=clean.target, timestep=t)
-
-    def loss(self, prediction: Tensor, goal: Tensor) -> Tensor:
-        """Squared error, mean over channels: (n, c) → (n,)."""
-        return (prediction.float() - goal.float()).square().mean(dim=1)

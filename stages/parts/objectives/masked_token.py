@@ -25,7 +25,7 @@ class MaskedTokenConfig(PartConfig):
         sizes = clean.segment_sizes().tolist()
         counts = [num_hidden(self.mask_ratio, u, size) for u, size in zip(progress, sizes, strict=True)]
         quota = torch.tensor(counts, device=clean.rows.device)
-        hidden = clean.target & (_rank_within(clean.segment, generator) < quota.index_select(0, clean.segment))
+        hidden = clean.target & (rank_within(clean.segment, generator) < quota.index_select(0, clean.segment))
         values = torch.where(hidden, torch.full_like(clean.values, mask_id), clean.values)
         return replace(clean, values=values, goal=clean.values, read=clean.rows, supervised=hidden)
 
@@ -33,7 +33,7 @@ class MaskedTokenConfig(PartConfig):
         return cross_entropy(prediction, goal)
 
 
-def _rank_within(segment: Tensor, generator: Generator) -> Tensor:
+def rank_within(segment: Tensor, generator: Generator) -> Tensor:
     """A random permutation of 0..size-1 within each segment, as int64 (n,)."""
     noise = torch.rand(segment.numel(), generator=generator, dtype=torch.float64).to(segment.device)
     order = torch.argsort(segment.double() * 2 + noise)  # by segment, at random inside it

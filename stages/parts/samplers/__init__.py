@@ -4,6 +4,7 @@ from stages.parts.samplers.denoise import DdimConfig, DenoiseSamplerConfig, Eule
 from stages.parts.samplers.guidance import Guide, SamplerConfig
 from stages.parts.samplers.logits import AutoregressiveConfig
 from stages.parts.samplers.masked import MaskedConfig
+from stages.parts.samplers.masked_denoise import MaskedDenoiseSamplerConfig, sample_masked_latents
 from stages.parts.samplers.next_scale import NextScaleSamplerConfig
 from stages.parts.samplers.regress import RegressSamplerConfig
 
@@ -11,6 +12,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
     "autoregressive": AutoregressiveConfig,
     "masked": MaskedConfig,
     "next-scale": NextScaleSamplerConfig,
+    "masked-denoise": MaskedDenoiseSamplerConfig,
     "euler": EulerConfig,
     "ddim": DdimConfig,
     "heun": HeunConfig,
@@ -26,8 +28,10 @@ __all__ = [
     "Guide",
     "HeunConfig",
     "MaskedConfig",
+    "MaskedDenoiseSamplerConfig",
     "NextScaleSamplerConfig",
     "RegressSamplerConfig",
     "SamplerConfig",
     "sample_denoised",
+    "sample_masked_latents",
 ]

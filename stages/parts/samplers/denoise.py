@@ -95,15 +95,17 @@ def sample_ddim(
     eta: float = 0.0,
     generators: Sequence[Generator] = (),
     clip: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Sampling from `noise` (b, ...) at times[0] down to times[-1]; with eta > 0 row i takes its fresh noise from generators[i]."""
+    """Sampling from `noise` (b, ...) at times[0] down to times[-1]; with eta > 0 row i takes its fresh noise from generators[i], times
+    `temperature`."""
     if eta > 0 and len(generators) != len(noise):
         raise ValueError(f"eta = {eta} needs one generator for each of {len(noise)} samples, found {len(generators)}")
     noisy = noise
     for t, s in pairwise(times.tolist()):
         level, after = _level(schedule, t), _level(schedule, s)
         clean, estimated = _estimates(predict, denoise(noisy, t), noisy, level, clip)
-        fresh = sample_normals(generators, noise.shape[1:], like=noise) if eta > 0 and after.sigma > 0 else None
+        fresh = temperature * sample_normals(generators, noise.shape[1:], like=noise) if eta > 0 and after.sigma > 0 else None
         noisy = ddim_step(clean, estimated, level, after, eta=eta, fresh=fresh)
     return noisy
 
