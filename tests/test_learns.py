@@ -6,6 +6,8 @@ block or a row read one place too late all train well and fail here.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -86,7 +88,6 @@ def samples_for(recipe: Recipe) -> list[Sample]:
                 "qa": [{"question": QUESTIONS[0], "answer": str(number)}, {"question": QUESTIONS[1], "answer": caption.split()[-1]}],
                 "image": painted(number),  # most tasks read its codes or latents, which are of their own
                 **content_of(recipe, number),
-                **(edit_of(recipe, number) if "result" in last_written(recipe) else {}),
                 **calls_of(recipe, number, caption),
             },
         )
@@ -94,11 +95,15 @@ def samples_for(recipe: Recipe) -> list[Sample]:
     ]
 
 
-def edit_of(recipe: Recipe, number: int) -> dict[str, object]:
-    """The sample's picture becomes that of the next one."""
-    following = (number + 1) % len(CAPTIONS)
-    told = {"instruction": f"now {CAPTIONS[following]}", "source": painted(number), "result": painted(following)}
-    return told | content_of(recipe, number, "source") | content_of(recipe, following, "result")
+def with_edits(recipe: Recipe, samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples for a recipe that edits: each one's picture becomes that of the next."""
+    edited = []
+    for number, entry in enumerate(samples):
+        following = (number + 1) % len(CAPTIONS)
+        told = {"instruction": f"now {CAPTIONS[following]}", "source": painted(number), "result": painted(following)}
+        told |= content_of(recipe, number, "source") | content_of(recipe, following, "result")
+        edited.append(replace(entry, fields=entry.fields | told))
+    return edited if "result" in last_written(recipe) else list(samples)
 
 
 def pictures_of(world: World, recipe: Recipe) -> list[np.ndarray]:
@@ -161,7 +166,7 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     continuous = drawn is not None and recipe.autoencoders[drawn.autoencoder].codebook_size is None
     sets = shortened(recipe, batch_tokens=512, lr_schedule="cosine")
     recipe = load_recipe(name, size="tiny", sets=sets)
-    world = make_world(tmp_path / "world", recipe, samples_for(recipe))
+    world = make_world(tmp_path / "world", recipe, with_edits(recipe, samples_for(recipe)))
     options = RunOptions(quiet=True, dtype="fp32", seed=1)
     run = train_unified(recipe, str(world.shards), tmp_path / "run", options)
     written = list(open_shards(str(sample(run, str(world.shards), tmp_path / "samples", options))))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_learns import samples_for
+from test_learns import samples_for, with_edits
 from worlds import World, make_world, mixed_recipe, sample_of
 
 from stages.data.sample import Sample
@@ -170,7 +170,7 @@ def test_the_run_records_model_and_prompts(model: Path, world: World, tmp_path: 
 def test_a_story_whose_first_picture_is_missing_is_told_from_the_beginning(tmp_path: Path) -> None:
     """BAGEL draws the source from the caption, reads it again in both forms, and edits it; with the source given it only edits."""
     recipe = load_recipe("bagel", size="tiny", sets=["sample.draw.num_steps=2", "phases.continue.steps=0", "phases.tune.steps=0"])
-    samples = samples_for(recipe)[:2]
+    samples = with_edits(recipe, samples_for(recipe))[:2]
     world = make_world(tmp_path / "world", recipe, samples)
     options = RunOptions(quiet=True, dtype="fp32", max_steps=1)
     model = train_unified(recipe, str(world.shards), tmp_path / "run", options)
