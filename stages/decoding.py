@@ -189,7 +189,7 @@ class Session:
         """
         self.network = self.model.table_of(spec.port)
         generators = self.generators()
-        self.cache.reserve(self._text_layout(self.planner.expert_of(spec.port), sampler.max_tokens))
+        self.cache.reserve(self._text_layout(spec.port, sampler.max_tokens))
         columns = self._columns(sampler.max_tokens)
         sees = torch.tensor([spec.group not in drop for drop in self.guide.drops for _ in range(self.b)], device=self.device)
         written: list[list[int]] = [[] for _ in self.prompts]
@@ -250,7 +250,7 @@ class Session:
         self.cache.advance()
         self.last = torch.where(on[:, None], hidden.squeeze(1), self.last)
 
-    def _text_layout(self, expert: int, length: int) -> Layout:
+    def _text_layout(self, name: str, length: int) -> Layout:
         """Where `length` more tokens of text stand in every row: one causal block."""
         index, block, clock = (
             torch.tensor([getattr(c, name) for c in self.cursors], device=self.device)[:, None] for name in ("index", "block", "clock")
@@ -265,7 +265,9 @@ class Session:
             full=torch.zeros(shape, dtype=torch.bool, device=self.device),
             isolated=torch.zeros(shape, dtype=torch.bool, device=self.device),
             positions=(clock + ahead)[:, :, None].expand(*shape, 3),
-            expert_id=torch.full(shape, expert, device=self.device),
+            expert_id=torch.full(shape, self.planner.expert_of(name), device=self.device),
+            port_number=torch.full(shape, self.planner.port_number(name), device=self.device),
+            hidden_from=torch.zeros(shape, dtype=torch.int64, device=self.device),
         )
 
     def stop_token(self, spec: SegmentSpec) -> int | None:
@@ -281,7 +283,7 @@ class Session:
     ) -> Tensor:
         """Codes int64 (b, *grid), latents (b, c, H, W) or features (b, l, d) for each sample; rows of inactive samples mean nothing.
 
-        commit: something is written after it, so the clean block joins the context.
+        commit: something is written after it, so the clean block joins the context, unless later blocks do not see it.
         """
         self.network = self.model.table_of(spec.port)
         port = self.model.recipe.ports[spec.port]
@@ -317,9 +319,11 @@ class Session:
         else:
             raise RecipeError(f"sample.{spec.port}.sampler: '{sampler.kind}' does not draw pictures")
         if commit:
-            if not isinstance(sampler, AutoregressiveConfig):
+            if isinstance(sampler, AutoregressiveConfig):
+                self.cursors = moved
+            elif not core.mask.is_isolated:
                 self._commit(spec.port, batch, content, active, rows)
-            self.cursors = moved
+                self.cursors = moved
             if after and not joint:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
@@ -488,7 +492,8 @@ class Session:
 
     def _run_block(self, name: str, batch: Batch, places: Arrangement, values: Tensor, t: float | None) -> Tensor:
         """One uncommitted pass over a block with other values in its port's rows: predictions (rows, ...) of that port."""
-        return self.model.predict(name, self._block_rows(batch, places, name, with_values(batch.ports[name], values, t)))
+        rows = with_values(batch.ports[name], values, t)
+        return self.model.predict(name, self._block_rows(batch, places, name, rows), rows=rows)
 
     def _block_rows(self, batch: Batch, places: Arrangement, name: str, rows: PortRows) -> Tensor:
         """The hidden rows (rows, d) of one port in an uncommitted pass over a block that shows these `rows` of it."""

@@ -119,7 +119,7 @@ class Model(nn.Module):
                 connector = port.connector.build(in_dim, width)
             if port.head is not None:
                 head = port.head.build(width, in_dim)
-        timestep = TimestepEmbedding(width) if port.timestep == "add" else None
+        timestep = TimestepEmbedding(width) if port.timestep in ("add", "token") else None
         module = PortModule(port, connector, head, timestep)
         if port.objective is not None and port.objective.kind == "masked-denoise" and not keeps_memory(module):
             module.mask = MaskVector(width)
@@ -248,9 +248,14 @@ class Model(nn.Module):
             if rows.source is not None and others is not None:
                 read = others[self.table_of(self.recipe.ports[name].of[0])]
                 ports[name] = replace(rows, values=read.index_select(0, rows.source))
-        vectors = torch.cat([self.embed_rows(name, rows) for name, rows in ports.items()])
-        places = torch.cat([rows.rows for rows in ports.values()])
-        return vectors.new_zeros(b * length, vectors.shape[1]).index_copy(0, places, vectors).reshape(b, length, -1)
+        vectors = [self.embed_rows(name, rows) for name, rows in ports.items()]
+        places = [rows.rows for rows in ports.values()]
+        for name, rows in ports.items():
+            if rows.time_rows is not None:
+                vectors.append(self.ports[name].timestep(rows.segment_times()))  # type: ignore[operator]
+                places.append(rows.time_rows)
+        both = torch.cat(vectors)
+        return both.new_zeros(b * length, both.shape[1]).index_copy(0, torch.cat(places), both).reshape(b, length, -1)
 
     def _enters(self, port: str, network: str) -> bool:
         return self.recipe.ports[port].enters == "sequence" and self.table_of(port) == network
@@ -299,10 +304,20 @@ class Model(nn.Module):
         scale = ID_PLACES if self.recipe.ports[name].is_ids else 1.0
         return scale * torch.cat([sincos_2d(grid, self.network_of(name).config.width) for grid in grids])
 
-    def predict(self, name: str, hidden: Tensor, *, whole: bool = False) -> Tensor:
-        """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors."""
+    def predict(
+        self, name: str, hidden: Tensor, *, whole: bool = False, rows: PortRows | None = None, picked: Tensor | None = None
+    ) -> Tensor:
+        """Hidden rows (n, d) → one port's logits over its own ids, or over the `whole` shared vocabulary, or its vectors.
+
+        rows: the port's tokens, of which `picked` (all without it) are these; heads that look at pictures as wholes are told their grids
+        and noise levels.
+        """
         port = self.recipe.ports[name]
         module: Any = self.ports[self.slices[name].owner if port.is_ids else name]
+        if not port.is_ids and getattr(module.head, "sees_pictures", False):
+            assert rows is not None and rows.timestep is not None
+            picked = torch.arange(len(rows.rows), device=hidden.device) if picked is None else picked
+            return module.head(hidden, rows.grids_of(picked), rows.timestep.index_select(0, picked))
         if not port.is_ids:
             return module.head(hidden)
         piece = self.slices[name]
@@ -327,7 +342,7 @@ class Model(nn.Module):
             return PortLoss(losses.sum(), len(picked))
         if whole:
             goal = goal + self.slices[name].start
-        prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole)
+        prediction = self.predict(name, flat.index_select(0, rows.read.index_select(0, picked)), whole=whole, rows=rows, picked=picked)
         losses = objective.loss(prediction, goal) * rows.weight.index_select(0, picked)
         return PortLoss(losses.sum(), len(picked))
 

@@ -110,7 +110,8 @@ class Port(Strict):
     positions: PositionKind = PositionKind.SEQUENTIAL
     grid_embedding: Literal["none", "sincos-2d"] = "none"  # added to every token: where it stands in its picture
     expert: str = ""
-    timestep: Literal["none", "add", "modulation"] = "none"
+    timestep: Literal["none", "add", "token", "modulation"] = "none"  # token: a row of its own before the others
+    hidden_from: tuple[str, ...] = ()  # ports whose rows never see this port's
     markers: Markers = Markers()
     null_condition: Literal["remove", "hold", "empty", "pad"] = "remove"
     loss_weight: float = 1.0
@@ -462,6 +463,16 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.markers.row:
             _check_rows(here, port)
+        for role in ("connector", "head"):
+            part = getattr(port, role)
+            if getattr(part, "for_pictures", False) and port.content != Content.LATENTS:
+                raise RecipeError(
+                    f"{here}.{role}: '{part.kind}' looks at the rows and columns of latents, not of {port.content}", hint="linear"
+                )
+        for other in port.hidden_from:
+            _known(other, recipe.ports, f"{here}.hidden_from")
+            if other == name:
+                raise RecipeError(f"{here}.hidden_from: a port sees its own rows", hint='mask = "isolated" hides them from later blocks')
         _check_between_networks(recipe, here, port)
         regresses = port.objective is not None and port.objective.kind == "regress"
         if regresses and (not port.encoder or port.tokenizer or port.connector is not None):
@@ -655,6 +666,12 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
                     f"{here}: '{segment.port}' ({mask}) is merged into a block of '{previous.port}' ({before}); give both the same mask"
                 )
             shifted = port.objective is not None and port.objective.kind in ("next-token", "next-feature") and segment.role == Role.TARGET
+            last = recipe.ports[previous.port]
+            if shifted and segment.port in last.hidden_from and not last.markers.after and not port.markers.before:
+                raise RecipeError(
+                    f"{here}: a next-token target of '{segment.port}' would be read at rows of '{previous.port}', which are hidden from it",
+                    hint=f"give ports.{previous.port} an end marker",
+                )
             if shifted and before.is_isolated and not segment.merge and not port.markers.before:
                 raise RecipeError(
                     f"{here}: a next-token target cannot follow an isolated block, whose rows it may not see", hint="give it a start marker"

@@ -28,10 +28,10 @@ from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
 from stages.parts.tokenizers import TextTokenizer
 from stages.parts.views.square import to_pixels
-from stages.recipe import EachSpec, Recipe, SegmentSpec, Task, load_recipe
+from stages.recipe import EachSpec, Recipe, SegmentSpec, load_recipe
 from stages.run import Run
 from stages.sequence.pack import pack
-from stages.sequence.plan import PLACEHOLDER, Planner, features_field
+from stages.sequence.plan import Planner, features_field
 from stages.sequence.segment import Content, MaskKind, Role
 from stages.tools.controller import STEPS, Controller, planning_task, tally
 from stages.tools.toolbox import Toolbox, open_tools
@@ -214,7 +214,7 @@ class Writer:
         candidates = self.asked or [name for name in self.recipe.tasks if name in learned and name not in follow and self.writes(name)]
         self.tasks = []
         for name in candidates:
-            lacking = sorted(self.needs(name) - fields)
+            lacking = sorted(self.needs(name) - fields - (self.writes_first(name) if self.asked else set()))
             if not lacking:
                 self.tasks.append(name)
             elif self.asked:
@@ -226,6 +226,13 @@ class Writer:
     def needs(self, name: str) -> set[str]:
         """The fields a prompt must have for a task."""
         return set(self.recipe.tasks[name].prompt_fields)
+
+    def writes_first(self, name: str) -> set[str]:
+        """The fields of a task that it can write itself where a prompt lacks them: those of the targets before its last one."""
+        targets = [
+            segment for segment in self.recipe.tasks[name].segments if isinstance(segment, SegmentSpec) and segment.role == Role.TARGET
+        ]
+        return {field for segment in targets[:-1] for field in segment.fields if segment.port in self.recipe.sample}
 
     def writes(self, name: str) -> bool:
         """Whether the last target of a task has a sampler, and a field to write."""
@@ -315,13 +322,14 @@ class Writer:
         for job, (segments, _) in zip(jobs, contexts, strict=True):
             passes = [segments] + [self.planner.prompt(job.sample, job.task, record=job.record, drop=drop)[0] for drop in guide.drops[1:]]
             prompts.append(Prompt(job.sample.key, job.stream, passes, self.planner.joined(rest[0])))
-        session = Session(self.model, self.planner, prompts, guide, self.capacity(task, rest), self.options.seed)
+        session = Session(self.model, self.planner, prompts, guide, self.capacity(rest, jobs), self.options.seed)
         fields: list[dict[str, Any]] = [{} for _ in jobs]
-        everyone = [True] * len(jobs)
+        stored: list[dict[str, Any]] = [{} for _ in jobs]  # the same as codes and latents, for what reads them again
+        everyone, flat = [True] * len(jobs), list(task.flat())
         for place, segment in enumerate(rest):
             more = place + 1 < len(rest)
             if segment.role == Role.CONTEXT:
-                self._write_given(session, segment, jobs)
+                self._write_given(session, segment, jobs, [{**own, **kept} for own, kept in zip(fields, stored, strict=True)])
                 continue
             port = self.recipe.ports[segment.port]
             sampler = self.sampler(segment.port)
@@ -334,11 +342,14 @@ class Writer:
                 for entry, own in zip(fields, ids, strict=True):
                     entry[segment.fields[0]] = readable(self.travelling.text[port.tokenizer], own)
                 continue
+            session.guide = guide.after({spec.group for spec in flat[: flat.index(segment)]})
             content = session.write_picture(segment, sampler, self.grid(segment), everyone, commit=more)
             if port.content == Content.FEATURES:
                 name, written = features_field(segment.field, port.encoder), list(content.float().cpu().numpy())
             else:
                 name, written = segment.field, self.decode(port.autoencoder, content)
+                for kept, latents in zip(stored, content, strict=True):
+                    kept[self.planner.field_of(segment)] = latents.cpu().numpy()
             for entry, own in zip(fields, written, strict=True):
                 entry[name] = own
         return self._go_on(task.then, jobs, fields) if task.then else fields
@@ -354,11 +365,14 @@ class Writer:
         ]
         return [{**own, **more} for own, more in zip(told, self.write(following), strict=True)]
 
-    def _write_given(self, session: Session, segment: SegmentSpec, jobs: Sequence[Job]) -> None:
-        """A literal between two things the model writes."""
-        if PLACEHOLDER.search(segment.text) or segment.field:
-            raise RecipeError(f"the task '{jobs[0].task}' gives '{segment.field or segment.text}' after something the model writes")
-        session.write(session.repeat([self.planner.literal(segment)] * len(jobs)))
+    def _write_given(self, session: Session, segment: SegmentSpec, jobs: Sequence[Job], written: Sequence[dict[str, Any]]) -> None:
+        """What stands between two things the model writes: a literal, a field of the prompt, or what it just wrote, to be read again."""
+        rows = []
+        for drop in session.guide.drops:
+            for job, own in zip(jobs, written, strict=True):
+                values = {**job.sample.fields, **own} if own or segment.fields else {}
+                rows.append(self.planner.given(segment, values, job.sample, drop=drop))
+        session.write(rows)
 
     @torch.inference_mode()
     def likelihood_of(self, entry: Sample) -> list[dict[str, Any]]:
@@ -445,13 +459,19 @@ class Writer:
         allowed: int = self.sampler(segment.port).max_tokens
         return min(allowed, segment.max_tokens or allowed)
 
-    def capacity(self, task: Task, rest: Sequence[SegmentSpec]) -> int:
+    def capacity(self, rest: Sequence[SegmentSpec], jobs: Sequence[Job]) -> int:
         """Columns of the cache that writing `rest` may take."""
         columns = 0
         for segment in rest:
             port = self.recipe.ports[segment.port]
-            if port.content == Content.TOKEN_IDS:
-                columns += self.most_tokens(segment) if segment.role == Role.TARGET else 64
+            if port.content == Content.TOKEN_IDS and segment.role == Role.TARGET:
+                columns += self.most_tokens(segment)
+            elif port.content == Content.TOKEN_IDS:
+                given = [job for job in jobs if set(segment.fields) <= job.sample.fields.keys()]
+                told = [sum(map(len, self.planner.given(segment, job.sample.fields, job.sample))) for job in given]
+                columns += max([64 if len(given) < len(jobs) else 0, *told])
+            elif port.encoder:
+                columns += self.planner.encoders[port.encoder].config.num_tokens(port.view.size, port.view.size) + 2
             else:
                 columns += self.columns_of(segment)
         return columns + 2
@@ -459,7 +479,7 @@ class Writer:
     def columns_of(self, picture: SegmentSpec) -> int:
         """Tokens of a picture with its markers."""
         grid = self.grid(picture)
-        return prod(grid) + 2 + (prod(grid[:-1]) if self.recipe.ports[picture.port].markers.row else 0)
+        return prod(grid) + 3 + (prod(grid[:-1]) if self.recipe.ports[picture.port].markers.row else 0)
 
     def grid(self, segment: SegmentSpec) -> tuple[int, ...]:
         """The shape of a picture's tokens, mostly rows and columns: what the model was trained on."""

@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence as Listing
 from dataclasses import replace
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from worlds import CAPTIONS, lively, mixed_recipe, planner_of, sample_of, text_tokenizer
 
+from stages.data.sample import Sample
 from stages.decoding import Prompt, Session
 from stages.model import Model
 from stages.parts.layers import patchify
 from stages.parts.samplers import AutoregressiveConfig, DdimConfig, EulerConfig, Guide, HeunConfig, MaskedConfig, SamplerConfig
 from stages.parts.samplers.noise import sample_generator, sample_normals
-from stages.recipe import SegmentSpec
+from stages.recipe import SegmentSpec, load_recipe
 from stages.sequence.pack import pack
+from stages.sequence.plan import Planner
 from stages.sequence.segment import Role, Segment, Sequence
 
 MODEL = lively(mixed_recipe())
@@ -138,7 +142,7 @@ def core_rows(model: Model, segments: Listing[Segment], port: str, values: Tenso
     rows = batch.ports[port]
     timestep = None if t is None else torch.full((len(values),), t)
     shown = replace(batch, ports={**batch.ports, port: replace(rows, values=values, timestep=timestep)})
-    return model.predict(port, model.hidden(shown)[0].index_select(0, rows.rows))
+    return model.predict(port, model.hidden(shown)[0].index_select(0, rows.rows), rows=shown.ports[port])
 
 
 def test_a_round_of_masked_decoding_predicts_what_a_full_pass_predicts() -> None:
@@ -294,7 +298,7 @@ def test_a_pass_without_the_condition_does_not_read_what_is_written_of_it() -> N
     """A caption written by the model belongs to its drop group: the unconditional rows stay where they were."""
     caption = SegmentSpec(port="text", field="caption", role=Role.TARGET, cond_dropout_prob=0.1)
     guide = EulerConfig(guidance_scale=2.0).guide({"caption"})
-    start = [PLANNER.literal(SegmentSpec(port="text", text="<bos>"))] * 3
+    start = [PLANNER.given(SegmentSpec(port="text", text="<bos>"), {}, sample_of(0))] * 3
     session = open_session([[own, own] for own in start], guide)
     before = session.last.clone()
     ids, _ = session.write_text(caption, AutoregressiveConfig(max_tokens=4), stop=[], guide=False)
@@ -343,3 +347,90 @@ def test_ancestral_noise_belongs_to_the_sample_too() -> None:
 def test_the_captions_used_here_differ_in_length() -> None:
     """What makes every test above a test of ragged prompts."""
     assert len({len(text_tokenizer().encode(caption)) for caption in (CAPTIONS[0], CAPTIONS[1], CAPTIONS[4])}) == 3
+
+
+# the noise level as a row of its own, and pictures that are read again
+
+
+def timed_model(name: str) -> Model:
+    """A shipped recipe whose pictures begin with the time, at the sizes of these tests."""
+    return lively(load_recipe(name, size="tiny", sets=[f"tokenizers.bpe.vocab_size={text_tokenizer().vocab_size}"]))
+
+
+@pytest.mark.parametrize("name", ["show-o2", "janusflow"])
+def test_steps_over_the_cache_run_the_row_of_the_time_too_and_repeat_full_passes(name: str) -> None:
+    """Two guided Euler steps, in a full block and in a causal one, beside full passes over prompt, time and picture."""
+    model = timed_model(name)
+    planner = planner_of(model.recipe)
+    port = next(port for port, entry in model.recipe.ports.items() if entry.timestep == "token")
+    spec = SegmentSpec(port=port, field="image", role=Role.TARGET)
+    config = EulerConfig(num_steps=2, guidance_scale=1.7)
+    passes = [[planner.prompt(sample_of(n), "draw", drop=drop)[0] for drop in ((), ("caption",))] for n in (0, 1, 4)]
+    drawn = open_session(passes, config.guide({"caption"}), model).write_picture(spec, config, GRID, [True] * 3, commit=False)
+    channels = model.content_dim(model.recipe.ports[port])
+    for (cond, uncond), own, key in zip(passes, drawn, "xyz", strict=True):
+        x = sample_normals([sample_generator(SEED, key, "draw/0", 1)], (6, channels))[0]
+        for t in (1.0, 0.5):
+            picture = block(spec, torch.zeros(6, channels), model)
+            with_text, without = (core_rows(model, [*context, *picture], port, x, t) for context in (cond, uncond))
+            x = x - (without + 1.7 * (with_text - without)) / 2
+        torch.testing.assert_close(patchify(own, model.recipe.ports[port].patch_size), x, atol=1e-4, rtol=1e-3)
+
+
+def test_text_after_a_timed_picture_reads_it_clean_at_level_zero() -> None:
+    model = timed_model("show-o2")
+    planner = planner_of(model.recipe)
+    spec = SegmentSpec(port="image", field="image", role=Role.TARGET)
+    given = [planner.prompt(sample_of(number), "draw")[0] for number in (0, 1, 4)]
+    session = open_session(single(given), model=model)
+    drawn = session.write_picture(spec, EulerConfig(num_steps=2), GRID, [True] * 3, commit=True)
+    for row, (context, own) in enumerate(zip(given, drawn, strict=True)):
+        full = hidden_after([*context, *block(spec, patchify(own, 2), model)], model)
+        close(session.last[row], full[-1])
+
+
+def test_a_picture_is_drawn_read_in_both_forms_and_edited_as_in_training() -> None:
+    """BAGEL's story: the second picture's first step, in all passes of nested guidance, beside full passes over what training plans."""
+    recipe = load_recipe("bagel", size="tiny", sets=[f"tokenizers.bpe.vocab_size={text_tokenizer().vocab_size}"])
+    model = lively(recipe)
+    planner = Planner(recipe, {"bpe": text_tokenizer()}, dict(model.encoders.items()))
+    entry = sample_of(2, instruction="make it green")
+    config = recipe.sample["draw"].model_copy(update={"num_steps": 1})
+    assert isinstance(config, EulerConfig)
+    guide = config.guide({"text", "latents", "features"})
+    assert len(guide.drops) == 3
+    contexts_, rest = zip(*(planner.prompt(entry, "story", drop=drop) for drop in guide.drops), strict=True)
+    assert [spec.field or spec.text for spec in rest[0]] == ["source", "source", "source", "<bos>{instruction}<eos>", "result"]
+    session = Session(model, planner, [Prompt("x", "draw/0", list(contexts_))], guide, 120, SEED)
+    session.guide = guide.after({"text"})
+    source = session.write_picture(rest[0][0], config, GRID, [True], commit=True)[0]
+    values = {**entry.fields, "source.latents": source.numpy(), "source": np.full((16, 24, 3), 77, np.uint8)}
+    for spec in rest[0][1:4]:
+        session.write([planner.given(spec, values, entry, drop=drop) for drop in guide.drops])
+    session.guide = guide
+    result = session.write_picture(rest[0][4], config, GRID, [True], commit=False)[0]
+
+    noise = sample_normals([sample_generator(SEED, "x", "draw/0", 2)], (6, 16))[0]
+    whole = Sample("x", {**values, "result.latents": np.zeros((4, 4, 6), np.float32)})
+    velocities = []
+    for drop in guide.drops:
+        segments = planned_without(planner, whole, drop)
+        batch = pack([Sequence(key="x", task="story", segments=tuple(segments))])
+        rows = batch.ports["draw"]
+        last = rows.segment == len(rows.grids) - 1
+        shown = replace(rows, values=torch.where(last[:, None], torch.cat([torch.zeros(len(last) - 6, 16), noise]), rows.values))
+        shown = replace(shown, timestep=last.float())
+        hidden = model.hidden(replace(batch, ports={**batch.ports, "draw": shown}))[0]
+        velocities.append(model.predict("draw", hidden.index_select(0, rows.rows))[last])
+    close(patchify(result, 2), noise - guide.combine([velocity[None] for velocity in velocities])[0])
+
+
+def planned_without(planner: Planner, sample: Sample, drop: frozenset[str]) -> list[Segment]:
+    """The story as training plans it when chance drops just these groups."""
+
+    class Chance(Random):
+        def random(self) -> float:
+            return 0.0 if next(groups) in drop else 1.0
+
+    groups = iter(sorted({spec.group for spec in planner.recipe.tasks["story"].flat() if spec.cond_dropout_prob}))
+    return list(planner.plan(sample, "story", Chance()).segments)

@@ -6,6 +6,8 @@ block or a row read one place too late all train well and fail here.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -24,7 +26,7 @@ from stages.parts.autoencoders import DiscreteConfig, ViT1DConfig
 from stages.parts.quantizers import MultiScaleConfig
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.pretrain_tokenizer import pretrain_tokenizer
-from stages.recipe import RECIPES, Phase, Recipe, load_recipe
+from stages.recipe import RECIPES, Phase, Recipe, Task, load_recipe
 from stages.sample import sample
 from stages.sequence.pack import pack
 from stages.sequence.plan import Planner
@@ -40,8 +42,8 @@ GRID = (2, 3)  # of a picture's tokens
 QUESTIONS = ["how many?", "of what colour?"]
 
 
-def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
-    """Codes or latents of sample `number`, for each autoencoder of the recipe."""
+def content_of(recipe: Recipe, number: int, field: str = "image") -> dict[str, np.ndarray]:
+    """Codes or latents of picture `number`, for each autoencoder of the recipe, as those of a field."""
     rng = np.random.default_rng(number)
     fields: dict[str, np.ndarray] = {}
     for port in recipe.ports.values():
@@ -52,9 +54,9 @@ def content_of(recipe: Recipe, number: int) -> dict[str, np.ndarray]:
                 shape = (config.num_latents,) if isinstance(config, ViT1DConfig) else (h, w)  # in an order, or a grid
                 if isinstance(config.quantizer, MultiScaleConfig):  # codes in a row are those of a square
                     shape = config.quantizer.code_shape(config.quantizer.sides[-1], config.quantizer.sides[-1])
-                fields[f"image.{config.store}"] = rng.integers(0, config.quantizer.size, shape).astype(np.int32)
+                fields[f"{field}.{config.store}"] = rng.integers(0, config.quantizer.size, shape).astype(np.int32)
             else:
-                fields[f"image.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
+                fields[f"{field}.{config.store}"] = rng.standard_normal((config.latent_channels, h, w)).astype(np.float32)
     return fields
 
 
@@ -91,6 +93,17 @@ def samples_for(recipe: Recipe) -> list[Sample]:
         )
         for number, caption in enumerate(CAPTIONS)
     ]
+
+
+def with_edits(recipe: Recipe, samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples for a recipe that edits: each one's picture becomes that of the next."""
+    edited = []
+    for number, entry in enumerate(samples):
+        following = (number + 1) % len(CAPTIONS)
+        told = {"instruction": f"now {CAPTIONS[following]}", "source": painted(number), "result": painted(following)}
+        told |= content_of(recipe, number, "source") | content_of(recipe, following, "result")
+        edited.append(replace(entry, fields=entry.fields | told))
+    return edited if "result" in last_written(recipe) else list(samples)
 
 
 def pictures_of(world: World, recipe: Recipe) -> list[np.ndarray]:
@@ -132,10 +145,13 @@ def overfitting_steps(recipe: Recipe, phase: Phase) -> int:
 
 def last_written(recipe: Recipe) -> set[str]:
     """The fields that the recipe's tasks are asked for."""
-    targets = [
-        [segment.fields for segment in task.flat() if segment.role == Role.TARGET and segment.fields] for task in recipe.tasks.values()
-    ]
-    return {fields[-1][-1] for fields in targets if fields}
+    return {field for task in recipe.tasks.values() for field in last_field(task)}
+
+
+def last_field(task: Task) -> set[str]:
+    """The field that a task is asked for, if any."""
+    targets = [segment.fields for segment in task.flat() if segment.role == Role.TARGET and segment.fields]
+    return {targets[-1][-1]} if targets else set()
 
 
 def mistakes(written: list[str], truth: list[str]) -> list[tuple[str, str]]:
@@ -150,14 +166,14 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     continuous = drawn is not None and recipe.autoencoders[drawn.autoencoder].codebook_size is None
     sets = shortened(recipe, batch_tokens=512, lr_schedule="cosine")
     recipe = load_recipe(name, size="tiny", sets=sets)
-    world = make_world(tmp_path / "world", recipe, samples_for(recipe))
+    world = make_world(tmp_path / "world", recipe, with_edits(recipe, samples_for(recipe)))
     options = RunOptions(quiet=True, dtype="fp32", seed=1)
     run = train_unified(recipe, str(world.shards), tmp_path / "run", options)
     written = list(open_shards(str(sample(run, str(world.shards), tmp_path / "samples", options))))
 
     assert [entry.key for entry in written] == [entry.key for entry in world.samples]
     told = last_written(recipe)  # some systems only draw
-    assert told <= {"caption", "answer", "image", "plan", "call"}
+    assert told <= {"caption", "answer", "image", "result", "plan", "call"}
     if "caption" in told:
         assert not mistakes([entry.fields["sample.caption"] for entry in written], CAPTIONS)
     if "answer" in told:
@@ -180,6 +196,10 @@ def test_a_system_gives_back_what_it_was_overfitted_to(name: str, tmp_path: Path
     if continuous:
         scores = [psnr(own, expected) for own, expected in zip(pictures, truth, strict=True)]
         assert min(scores) > apart + 6, (scores, apart)
+        if "result" in told:
+            edited = [entry.fields["sample.result"] for entry in written]
+            scores = [psnr(own, expected) for own, expected in zip(edited, truth[1:] + truth[:1], strict=True)]
+            assert min(scores) > apart + 6, (scores, apart)
     else:
         assert apart < 40  # pictures of different codes do look different
         assert all(np.array_equal(own, expected) for own, expected in zip(pictures, truth, strict=True))

@@ -239,6 +239,30 @@ BROKEN = {
         r"ports\.latents\.timestep: a port that denoises must say how the noise level enters",
         'timestep = "add"',
     ),
+    "a port hidden from itself": (
+        'timestep = "add"\n',
+        'timestep = "add"\nhidden_from = ["latents"]\n',
+        r"ports\.latents\.hidden_from: a port sees its own rows",
+        'mask = "isolated" hides them from later blocks',
+    ),
+    "hidden from nobody there is": (
+        'timestep = "add"\n',
+        'timestep = "add"\nhidden_from = ["texts"]\n',
+        r"ports\.latents\.hidden_from: there is no 'texts'",
+        "did you mean 'text'?",
+    ),
+    "words read at rows they never see": (
+        'markers = { before = "<soi>", after = "<eoi>", inside = false, supervised = true }',
+        'hidden_from = ["text"]',
+        r"tasks\.paint\.segments: a next-token target of 'text' would be read at rows of 'latents', which are hidden from it",
+        "give ports.latents an end marker",
+    ),
+    "a head of pictures for words": (
+        'head = { kind = "linear" }\nobjective = { kind = "next-token" }',
+        'head = { kind = "deep" }\nobjective = { kind = "next-token" }',
+        r"ports\.text\.head: 'deep' looks at the rows and columns of latents, not of token-ids",
+        "linear",
+    ),
     "no head": (
         'head = { kind = "linear" }\nobjective = { kind = "next-token" }',
         'objective = { kind = "next-token" }',

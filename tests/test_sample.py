@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_learns import samples_for, with_edits
 from worlds import World, make_world, mixed_recipe, sample_of
 
 from stages.data.sample import Sample
-from stages.data.shards import open_shards
+from stages.data.shards import ShardWriter, open_shards
 from stages.errors import DataError, UsageError
 from stages.options import RunOptions
 from stages.parts.tokenizers.byte_bpe import ByteBPEConfig
+from stages.recipe import load_recipe
 from stages.sample import readable, sample
 from stages.train_unified import train_unified
 
@@ -163,6 +165,25 @@ def test_the_run_records_model_and_prompts(model: Path, world: World, tmp_path: 
     assert record["stage"] == "sample"
     assert [entry["path"] for entry in record["inputs"]] == [str(model), str(world.shards)]
     assert all(len(entry["fingerprint"]) == 64 for entry in record["inputs"])
+
+
+def test_a_story_whose_first_picture_is_missing_is_told_from_the_beginning(tmp_path: Path) -> None:
+    """BAGEL draws the source from the caption, reads it again in both forms, and edits it; with the source given it only edits."""
+    recipe = load_recipe("bagel", size="tiny", sets=["sample.draw.num_steps=2", "phases.continue.steps=0", "phases.tune.steps=0"])
+    samples = with_edits(recipe, samples_for(recipe))[:2]
+    world = make_world(tmp_path / "world", recipe, samples)
+    options = RunOptions(quiet=True, dtype="fp32", max_steps=1)
+    model = train_unified(recipe, str(world.shards), tmp_path / "run", options)
+    with ShardWriter(tmp_path / "words", split="train") as writer:
+        for entry in samples:
+            writer.write(Sample(entry.key, {name: entry.fields[name] for name in ("caption", "instruction")}))
+    told = list(open_shards(str(sample(model, str(tmp_path / "words"), tmp_path / "told", options, tasks=["story"]))))
+    assert [set(written(entry)) for entry in told] == [{"sample.source", "sample.result"}] * 2
+    assert not np.array_equal(told[0].fields["sample.source"], told[1].fields["sample.source"])
+    edited = write(model, world, tmp_path / "edited", tasks=["story"])
+    assert [set(written(entry)) for entry in edited] == [{"sample.result"}] * 2
+    with pytest.raises(DataError, match="needs the field source"):
+        sample(model, str(tmp_path / "words"), tmp_path / "none", options, tasks=["edit"])
 
 
 def test_a_nul_that_a_model_writes_is_no_text_and_is_shown_as_what_it_is() -> None:

@@ -232,9 +232,20 @@ def _in_network(recipe: Recipe, planner: Planner, sequence: Sequence, batch: Bat
                 cond_dropout_prob=chances.get(segment.group, 0.0) if segment.group else 0.0,
             )
         )
+        if segment.timed:
+            drawn[-1:] = apart(drawn[-1])
         start = stop
     visible = may_attend(layout, layout)[0].tolist() if length else []
     return Example(task, network, tuple(drawn), tuple(map(tuple, visible)), recipe.tasks[task].objectives)
+
+
+def apart(drawn: DrawnSegment) -> list[DrawnSegment]:
+    """A picture whose first row says its noise level, as that row and the picture."""
+    time = replace(drawn.segment, grid=(1,), timed=False, field="")
+    picture = replace(drawn.segment, timed=False)
+    first = replace(drawn, segment=time, labels=("time",), supervised=(False,), reads=(-1,), positions=drawn.positions[:1], objective="")
+    rows = {name: getattr(drawn, name)[1:] for name in ("labels", "supervised", "reads", "positions")}
+    return [first, replace(drawn, segment=picture, start=drawn.start + 1, **rows)]
 
 
 def _expert_name(recipe: Recipe, segment: Segment) -> str:

@@ -313,6 +313,8 @@ def boxes_of(figure: Figure, drawn: DrawnSegment) -> list[tuple[str, str]]:
     """(address, words) of the parts a segment's content passes before it is tokens, the last one first: the connector, and the encoder or
     autoencoder. Ids need neither: a text tokenizer is not drawn, and an embedding is a table."""
     port = figure.recipe.ports[drawn.port]
+    if not port.is_ids and any(drawn.labels):
+        return [(f"ports.{drawn.port}.timestep", "embedding of the time")]
     boxes = []
     if port.connector is not None and not port.is_ids:
         pooled = f" of {port.select}" if port.select != "tokens" else ""
@@ -669,7 +671,7 @@ def segment_table(figure: Figure, example: Example, width: float) -> Drawn:
         words += [text(starts[1], y + 16 + 15 * line, entry, "mono", 11.5) for line, entry in enumerate(folded)]
         content.append(group(words, class_=f"mmd-{figure.port_colour(drawn.port)}"))
         y += 23 + 15 * (len(folded) - 1)
-        for note in notes_of(drawn):
+        for note in notes_of(figure, drawn):
             content.append(text(starts[1], y + 10, note, "soft", 11))
             y += 17
     return content, y
@@ -680,7 +682,7 @@ def cell_kind(drawn: DrawnSegment, column: int) -> str:
     return "bold tone" if column == 0 else "tone" if column == 3 and drawn.is_target else ""
 
 
-def notes_of(drawn: DrawnSegment) -> list[str]:
+def notes_of(figure: Figure, drawn: DrawnSegment) -> list[str]:
     """What training does to a segment beyond its row of the table."""
     notes = []
     if drawn.cond_dropout_prob:
@@ -692,6 +694,8 @@ def notes_of(drawn: DrawnSegment) -> list[str]:
         notes.append(f"noise levels {low:g} to {high:g}")
     if drawn.segment.mask.is_isolated:
         notes.append("no later block sees it")
+    if hidden := figure.recipe.ports[drawn.port].hidden_from:
+        notes.append(f"hidden from {', '.join(hidden)}")
     return notes
 
 

@@ -5,6 +5,7 @@ from stages.metrics.bits_per_byte import BitsPerByte
 from stages.metrics.bits_per_pixel import BitsPerPixel
 from stages.metrics.caption_correctness import CaptionCorrectness
 from stages.metrics.codebook import Codebook
+from stages.metrics.edit_accuracy import EditAccuracy
 from stages.metrics.frechet import FrechetDistance
 from stages.metrics.perceptual_distance import PerceptualDistance
 from stages.metrics.psnr import PSNR
@@ -17,6 +18,7 @@ from stages.metrics.tool_calls import ToolCalls
 
 METRICS: dict[str, type[Metric]] = {
     "scene-accuracy": SceneAccuracy,
+    "edit-accuracy": EditAccuracy,
     "question-accuracy": QuestionAccuracy,
     "caption-correctness": CaptionCorrectness,
     "bits-per-byte": BitsPerByte,

@@ -14,13 +14,13 @@ from stages.metrics.psnr import is_reconstruction
 from stages.metrics.score import Fields, Score, Setting
 
 
-def drawn_scene(sample: Fields) -> tuple[Scene, bool]:
-    """What the reader finds in `sample.image`, empty where it does not believe what it sees; and whether it does."""
+def drawn_scene(sample: Fields, field: str = "sample.image") -> tuple[Scene, bool]:
+    """What the reader finds in a drawn picture, empty where it does not believe what it sees; and whether it does."""
     level = sample["scene"]["level"]
     try:
-        reading = read_scene(sample["sample.image"], level)
+        reading = read_scene(sample[field], level)
     except ValueError as error:
-        raise DataError(f"{sample['__key__']}: sample.image: {error}") from None
+        raise DataError(f"{sample['__key__']}: {field}: {error}") from None
     return (reading.scene if reading.valid else Scene(level), reading.valid)
 
 

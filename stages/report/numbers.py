@@ -36,6 +36,11 @@ WORDS = {
         "An exact reader turns each drawn picture back into objects and compares them with what the prompt asked for.",
         lead="objects",
     ),
+    "edit-accuracy": Words(
+        "Edits that follow their instruction",
+        "The exact reader on edited pictures: was done what the instruction says, and was the rest left alone?",
+        lead="changed",
+    ),
     "question-accuracy": Words("Questions answered", "Answers about a picture, by type of question. Chance is the best constant answer."),
     "caption-correctness": Words(
         "Captions written", "Each caption is parsed back into objects and compared with what the picture shows.", lead="objects"
@@ -89,6 +94,8 @@ LABELS = {
     "two-objects": "two objects",
     "colour-attribution": "colour attribution",
     "readable": "pictures the reader believes",
+    "changed": "edits done",
+    "kept": "untouched objects kept",
     "true": "sentences that are true",
     "parsed": "sentences that parse",
     "nominal": "as stored",

@@ -1,7 +1,8 @@
 """Who may attend to whom: one rule for every system.
 
 Consecutive segments form attention blocks. A token sees its own block (all of it where the block is full, the past of it
-where it is causal) and every earlier block that is not isolated. Causal language models, prefix language models, Show-o's
+where it is causal) and every earlier block that is not isolated; rows of a port that a row is hidden from never see it (Mogao's clean
+latents, which text may not read). Causal language models, prefix language models, Show-o's
 omni-attention, Transfusion's bidirectional image blocks, BAGEL's noisy copies and VAR's scales are all this rule with other
 segments; tests/sequence/test_masks.py compares it entry by entry with those published masks.
 """
@@ -23,6 +24,8 @@ def may_attend(query: Layout, key: Layout) -> Tensor:
     same_block = (q_block == k_block) & (query.full[:, :, None] | past)
     earlier = (k_block < q_block) & ~key.isolated[:, None, :]
     visible = same_sample & (same_block | earlier)
+    if bool(key.hidden_from.any()):
+        visible = visible & ((key.hidden_from[:, None, :] >> query.port_number[:, :, None]) & 1 == 0)
     blind = ~visible.any(dim=2, keepdim=True)  # padding rows
     itself = (query.index[:, :, None] == key.index[:, None, :]) & (query.sample_id[:, :, None] == key.sample_id[:, None, :])
     return visible | (blind & itself)
@@ -31,7 +34,7 @@ def may_attend(query: Layout, key: Layout) -> Tensor:
 def is_causal(layout: Layout) -> bool:
     """True where `may_attend` is plain causal attention over one sample a row, for which SDPA has a faster path."""
     one_sample = bool((layout.sample_id == layout.sample_id[:, :1]).all()) and bool((layout.sample_id >= 0).all())
-    return one_sample and not bool(layout.full.any()) and not bool(layout.isolated.any())
+    return one_sample and not bool(layout.full.any() | layout.isolated.any() | layout.hidden_from.any())
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

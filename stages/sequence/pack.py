@@ -177,10 +177,12 @@ def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
         isolated=torch.zeros(b, length, dtype=torch.bool),
         positions=torch.zeros(b, length, 3, dtype=torch.int64),
         expert_id=torch.zeros(b, length, dtype=torch.int64),
+        port_number=torch.zeros(b, length, dtype=torch.int64),
+        hidden_from=torch.zeros(b, length, dtype=torch.int64),
     )
     if not placed:
         return table
-    _, which, within = _expand(placed)
+    _, which, within = _expand([len(p.segment) for p in placed])
     numbers = [
         (
             p.start,
@@ -191,10 +193,13 @@ def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
             p.segment.mask.is_isolated,
             p.clock,
             p.segment.expert,
+            p.segment.port_number,
+            p.segment.hidden_from,
         )
         for p in placed
     ]
-    start, sample, block, index, full, isolated, clock, expert = torch.tensor(numbers).index_select(0, which).unbind(1)
+    columns = torch.tensor(numbers).index_select(0, which).unbind(1)
+    start, sample, block, index, full, isolated, clock, expert, port, hidden = columns
     at = start + within
     table.sample_id.view(-1).index_copy_(0, at, sample)
     table.block_id.view(-1).index_copy_(0, at, block)
@@ -203,19 +208,22 @@ def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
     table.isolated.view(-1).index_copy_(0, at, isolated.bool())
     table.positions.view(-1, 3).index_copy_(0, at, clock[:, None] + torch.cat([offsets_of(p.segment) for p in placed]))
     table.expert_id.view(-1).index_copy_(0, at, expert)
+    table.port_number.view(-1).index_copy_(0, at, port)
+    table.hidden_from.view(-1).index_copy_(0, at, hidden)
     return table
 
 
-def _expand(placed: list[_Placed]) -> tuple[Tensor, Tensor, Tensor]:
+def _expand(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Length of each segment (s,); for each token which segment it is of and its place within it (n,)."""
-    lengths = torch.tensor([len(p.segment) for p in placed])
-    which = torch.repeat_interleave(torch.arange(len(placed)), lengths)
+    lengths = torch.tensor(sizes)
+    which = torch.repeat_interleave(torch.arange(len(sizes)), lengths)
     within = torch.arange(len(which)) - (lengths.cumsum(0) - lengths).index_select(0, which)
     return lengths, which, within
 
 
 def _port_rows(placed: list[_Placed]) -> PortRows:
-    lengths, which, within = _expand(placed)
+    timed = placed[0].segment.timed  # all of a port's segments are, or none
+    lengths, which, within = _expand([len(p.segment) - timed for p in placed])
     outside = not placed[0].segment.in_table
     payloads = [p.segment.payload for p in placed]
     if outside and payloads[0].dim() == 1:
@@ -224,7 +232,7 @@ def _port_rows(placed: list[_Placed]) -> PortRows:
         values = torch.stack(payloads) if payloads[0].dim() == 3 else torch.cat(payloads)
     places = torch.tensor([(p.start, p.first, p.number, p.segment.role == Role.TARGET) for p in placed])
     start, first, _, target = places.index_select(0, which).unbind(1)
-    rows = start + within
+    rows = start + timed + within
     return PortRows(
         rows=torch.full_like(rows, -1) if outside else rows,
         previous=torch.where(rows > first, rows - 1, -1),
@@ -237,4 +245,5 @@ def _port_rows(placed: list[_Placed]) -> PortRows:
         grids=[p.segment.grid for p in placed],
         scales=[p.segment.scale for p in placed],
         lengths=lengths,
+        time_rows=places[:, 0] if timed else None,
     )

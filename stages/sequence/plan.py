@@ -43,6 +43,7 @@ class Planner:
         self._literals: dict[tuple[str, str], list[int]] = {}
         self.written_ids: dict[str, str] = {}  # field → tokenizer
         self._turn = 0
+        self._numbers = {name: number for number, name in enumerate(recipe.ports)}
         self.features: dict[tuple[str, str, str], Tensor] = {}  # (key, port, field) → what a frozen encoder said, computed once
 
     # which fields
@@ -92,10 +93,17 @@ class Planner:
         segments = self._laid_out(self._filled(spec.segments, sample, rng), dropped, sample)
         return Sequence(key=sample.key, task=task, segments=tuple(segments))
 
-    def _laid_out(self, filled: Iterable[tuple[SegmentSpec, Mapping[str, Any]]], dropped: set[str], sample: Sample) -> list[Segment]:
-        """The segments of some specs, one after the other; what a dropped condition holds of a network's time, its next segment waits."""
+    def _laid_out(
+        self,
+        filled: Iterable[tuple[SegmentSpec, Mapping[str, Any]]],
+        dropped: set[str],
+        sample: Sample,
+        held: dict[str, int] | None = None,
+    ) -> list[Segment]:
+        """The segments of some specs, one after the other; what a dropped condition holds of a network's time, its next segment waits.
+        `held` is left with the time that no segment has waited yet."""
         segments: list[Segment] = []
-        held: dict[str, int] = {}
+        held = {} if held is None else held
         for spec, values in filled:
             made = self._segments(spec, values, dropped, sample)
             network = self._network(self.recipe.ports[spec.port])
@@ -127,7 +135,28 @@ class Planner:
             if place == targets[-1] or (spec.role == Role.TARGET and any(self._lacks(spec, name, values) for name in spec.fields))
         )
         rest = [spec for spec, _ in filled[first : targets[-1] + 1]]
-        return opened(self._laid_out(filled[:first], set(drop), sample), rest), rest
+        seen = [entry for entry in filled[:first] if not self._is_noised_copy(entry[0])]
+        held: dict[str, int] = {}
+        return opened(self._laid_out(seen, set(drop), sample, held), rest) + self._pauses(held), rest
+
+    def given(self, spec: SegmentSpec, values: Mapping[str, Any], sample: Sample, *, drop: Collection[str] = ()) -> list[Segment]:
+        """A context segment that follows something the model wrote; where it is dropped, the time it holds."""
+        held: dict[str, int] = {}
+        return self._laid_out([(spec, values)], set(drop), sample, held) + self._pauses(held)
+
+    def _is_noised_copy(self, spec: SegmentSpec) -> bool:
+        """Whether a target is there for its loss only, since nobody else sees it."""
+        return spec.role == Role.TARGET and (spec.mask or self.recipe.ports[spec.port].mask) == MaskKind.ISOLATED
+
+    def _pauses(self, held: Mapping[str, int]) -> list[Segment]:
+        """No rows, and the clock of each network moves: what a dropped condition leaves where nothing given follows it."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        texts = {self._network(port): name for name, port in reversed(self.recipe.ports.items()) if port.content == Content.TOKEN_IDS}
+        return [
+            Segment(port=texts[network], payload=nothing, grid=(0,), advance=ticks, network=network)
+            for network, ticks in held.items()
+            if ticks
+        ]
 
     def joined(self, spec: SegmentSpec) -> str | None:
         """In whose table a segment belongs to the block before it, where that block sees all of itself: neither is known without the other."""
@@ -216,6 +245,9 @@ class Planner:
             field=spec.field or spec.text,
             group=spec.group if spec.cond_dropout_prob else "",
             in_table=port.enters == "sequence",
+            timed=port.timestep == "token",
+            port_number=self.port_number(spec.port),
+            hidden_from=self._hidden_from(spec.port),
             network=self._network(port),
             of=port.of,
             skip=port.skip_rows,
@@ -230,9 +262,13 @@ class Planner:
             rows = split_scales(segment, quantizer)
         return [part for part in (before, *rows, after) if part is not None]
 
-    def literal(self, spec: SegmentSpec) -> list[Segment]:
-        """A segment whose text holds no field."""
-        return self._segments(spec, {}, set(), Sample("", {}))
+    def _hidden_from(self, name: str) -> int:
+        """The ports that never see a port's rows, a bit for each."""
+        return sum(1 << self._numbers[other] for other in self.recipe.ports[name].hidden_from)
+
+    def port_number(self, name: str) -> int:
+        """A port's place in the recipe, by which rows are hidden from it."""
+        return self._numbers[name]
 
     def marker(self, port: Port, spec: SegmentSpec, side: str) -> Segment | None:
         """The one-token segment before or after a picture. It belongs to the text port: its embedding, expert and loss."""
@@ -253,6 +289,8 @@ class Planner:
             expert=self._expert(text_port),
             merge=(spec.merge if side == "before" else True) if inside else False,
             field=name,
+            port_number=self.port_number(text),
+            hidden_from=self._hidden_from(text),
             network=self._network(port),
         )
 

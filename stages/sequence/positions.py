@@ -36,7 +36,9 @@ def offsets_of(segment: Segment) -> Tensor:
     """Int64 (l, 3): positions of a segment's tokens relative to the clock at its start."""
     if segment.positions == PositionKind.SEQUENTIAL:
         return _steps(len(segment))
-    return _still(len(segment)) if segment.positions == PositionKind.SHARED else grid_offsets(segment.grid)
+    if segment.positions == PositionKind.SHARED:
+        return _still(len(segment))
+    return torch.cat([_still(1), grid_offsets(segment.grid)]) if segment.timed else grid_offsets(segment.grid)
 
 
 def clocks_of(segments: Segments[Segment], start: int = 0) -> tuple[list[int], int]:

@@ -91,12 +91,15 @@ class Segment:
     advance: int = 0  # ticks the clock moves before this segment: a dropped condition that holds its time
     scale: int = 0  # which of the grids of a picture that is drawn scale by scale
     in_table: bool = True  # False: read by objectives only (contrastive towers), owns no row of the table
+    timed: bool = False  # a row before its content says its noise level
+    port_number: int = 0  # its port's place in the recipe
+    hidden_from: int = 0  # bit n: rows of port n never see it
 
     def __len__(self) -> int:
         length = 1
         for side in self.grid:
             length *= side
-        return length
+        return length + self.timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class Sequence:
     @property
     def num_targets(self) -> int:
         """Tokens that may be judged."""
-        return sum(len(segment) for segment in self.segments if segment.role == Role.TARGET)
+        return sum(len(segment) - segment.timed for segment in self.segments if segment.role == Role.TARGET)
 
 
 Table = TypeVar("Table", bound="TensorTable")
@@ -145,6 +148,13 @@ class Layout(TensorTable):
     isolated: Tensor  # bool; invisible to other blocks
     positions: Tensor  # int (b, l, 3); (t, h, w) for the rotary embedding
     expert_id: Tensor  # int; whose weights
+    port_number: Tensor = field(default_factory=lambda: torch.zeros(0))  # int; whose rows, as `hidden_from` counts ports
+    hidden_from: Tensor = field(default_factory=lambda: torch.zeros(0))  # int; bit n: rows of port n never see it
+
+    def __post_init__(self) -> None:
+        """Left out, the last two columns are zero: nothing is hidden from anybody."""
+        if self.port_number.shape[:2] != self.sample_id.shape:
+            self.port_number, self.hidden_from = torch.zeros_like(self.sample_id), torch.zeros_like(self.sample_id)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -187,10 +197,22 @@ class PortRows(TensorTable):
     hidden: Tensor | None = None  # bool (n,); shown as a learned vector
     memory: Tensor | None = None  # (n, w); what a connector keeps of each token for the head of its port
     lengths: Tensor | None = None  # int64 (s,); for ragged ids outside the table
+    time_rows: Tensor | None = None  # int64 (s,); flat index of the row that says a segment's noise level
 
     def segment_sizes(self) -> Tensor:
         """Tokens in each segment, int64 (s,)."""
         return torch.bincount(self.segment, minlength=len(self.grids))
+
+    def segment_times(self) -> Tensor:
+        """The noise level of each segment, float (s,): that of its first token, 0 where none is said."""
+        if self.timestep is None:
+            return torch.zeros(len(self.grids), device=self.rows.device)
+        sizes = self.segment_sizes()
+        return self.timestep.index_select(0, sizes.cumsum(0) - sizes)
+
+    def grids_of(self, picked: Tensor) -> list[tuple[int, ...]]:
+        """The grids of the segments that the tokens `picked` belong to, in order."""
+        return [self.grids[number] for number in torch.unique_consecutive(self.segment.index_select(0, picked)).tolist()]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from stages.data.scenes.render import draw_nuisance
 from stages.errors import DataError
 from stages.metrics import METRICS
 from stages.metrics.caption_correctness import CaptionCorrectness
+from stages.metrics.edit_accuracy import EditAccuracy
 from stages.metrics.scene_accuracy import SceneAccuracy
 from stages.metrics.score import Score, Setting
 
@@ -97,3 +98,40 @@ def test_attributes_with_a_single_value_are_not_scored():
 @pytest.mark.parametrize("name", METRICS)
 def test_no_metric_applies_to_a_sample_without_outputs(name):
     assert not METRICS[name].applies(SAMPLES[0], Setting())
+
+
+EDITED = [sample | {"sample.result": sample["result"], "meta": {"tasks": ["edit"]}} for sample in SAMPLES]
+
+
+def edits(samples: list[dict]) -> dict[str, float]:
+    metric = EditAccuracy(Setting())
+    scores = metric.scores([metric.look(sample) for sample in samples], [metric.expect(sample) for sample in samples])
+    return {entry.category: entry.value for entry in scores}
+
+
+def test_the_true_results_of_edits_score_one_everywhere():
+    values = edits(EDITED)
+    assert {"changed", "kept", "objects", "scenes", "readable"} <= values.keys()
+    assert set(values.values()) == {1.0}
+
+
+def test_an_untouched_picture_keeps_everything_and_does_nothing_that_was_asked():
+    values = edits([sample | {"sample.result": sample["source"]} for sample in EDITED])
+    assert (values["kept"], values["changed"], values["scenes"], values["readable"]) == (1, 0, 0, 1)
+
+
+def test_an_edit_that_spoils_a_bystander_is_done_but_not_kept():
+    before = [("large", "red", "circle", "top left"), ("small", "blue", "ring", "bottom left")]
+    after = [("large", "green", "circle", "top left"), before[1]]
+    made = [after[0], ("small", "blue", "square", "bottom left")]
+    scenes = [Scene(1, tuple(SceneObject(size, "plain", *rest) for size, *rest in objects)).to_json({}) for objects in (before, after)]
+    values = edits([{"__key__": "k", "scene": scenes[0], "result.scene": scenes[1], "sample.result": picture(*made)}])
+    assert (values["changed"], values["kept"], values["objects"], values["scenes"]) == (1, 0, 0.5, 0)
+
+
+def test_a_spoilt_edit_is_not_believed():
+    mixed = ((picture(("large", "red", "circle", "top left")).astype(int) + picture(("large", "blue", "square", "top left"))) // 2).astype(
+        np.uint8
+    )
+    values = edits([sample | {"sample.result": mixed} for sample in EDITED])  # some ask to remove something
+    assert (values["readable"], values["changed"], values["objects"], values["kept"]) == (0, 0, 0, 0)

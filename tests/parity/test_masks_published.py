@@ -2,16 +2,19 @@
 
 from random import Random
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from worlds import planner_of, recipe_from, sample_of, text, text_tokenizer
 
+from stages.model import meta_model
 from stages.recipe import load_recipe
-from stages.sequence.masks import may_attend
-from stages.sequence.pack import lay_out
-from stages.sequence.segment import MaskKind, PositionKind, Segment
+from stages.sequence.masks import is_causal, may_attend
+from stages.sequence.pack import lay_out, pack
+from stages.sequence.plan import Planner
+from stages.sequence.segment import MaskKind, PositionKind, Segment, Sequence
 
 CAUSAL, FULL, ISOLATED = MaskKind.CAUSAL, MaskKind.FULL, MaskKind.ISOLATED
 
@@ -264,3 +267,102 @@ def test_generation_reads_understanding_one_way(understanding: int, generation: 
     expected = causal(understanding + generation)
     expected[understanding:] = True
     assert torch.equal(mask, expected)
+
+
+# the shipped recipes of systems that denoise: what they plan, beside the same references
+
+SHAPE = (2, 3)  # of a picture's tokens
+
+
+def planned(name: str, task: str, *sets: str) -> list[Segment]:
+    """One example of a shipped recipe's task, nothing dropped."""
+    recipe = load_recipe(name, size="tiny", sets=[*sets, f"tokenizers.bpe.vocab_size={text_tokenizer().vocab_size}"])
+    planner = Planner(recipe, {"bpe": text_tokenizer()}, dict(meta_model(recipe).encoders.items()))
+    port = next(port for port in recipe.ports.values() if port.autoencoder)
+    shape = (recipe.autoencoders[port.autoencoder].latent_channels, *(side * port.patch_size for side in SHAPE))
+    latents, picture = np.zeros(shape, np.float32), np.zeros((16, 24, 3), np.uint8)
+    fields = {f"{field}.latents": latents for field in ("image", "source", "result")} | {"image": picture, "source": picture}
+    sample = sample_of(1, instruction="make it green", **fields)
+    return list(planner.plan(sample, task, None).segments)
+
+
+def spans_by_block(segments: list[Segment]) -> Spans:
+    """Each attention block as the references name it."""
+    kinds = {CAUSAL: "text", FULL: "clean", ISOLATED: "noise"}
+    spans: Spans = []
+    for segment in segments:
+        if segment.merge:
+            spans[-1] = (spans[-1][0], spans[-1][1] + len(segment))
+        else:
+            spans.append((kinds[segment.mask], len(segment)))
+    return spans
+
+
+def test_bagel_plans_a_picture_that_is_drawn_and_later_read_three_times() -> None:
+    segments = planned("bagel", "story")
+    spans = spans_by_block(segments)
+    words = [len(segment) for segment in segments if segment.port == "text" and segment.mask == CAUSAL]
+    seen = 16 + 2  # patches of the tower's view, markers
+    assert spans == [("text", words[0]), ("noise", 8), ("clean", 8), ("clean", seen), ("text", words[1]), ("noise", 8)]
+    mask = ours(segments)
+    assert torch.equal(mask, bagel_dense(spans))
+    assert torch.equal(mask, bagel_predicate(spans))
+    assert lay_out(segments).positions[0, :, 0].tolist() == bagel_rotary(spans)
+    experts = [segment.expert for segment in segments for _ in range(len(segment))]
+    latent = [segment.port == "draw" for segment in segments for _ in range(len(segment))]
+    assert experts == [int(entry) for entry in latent]  # markers are the understanding expert's
+
+
+def test_over_any_number_of_layers_a_noised_copy_of_bagel_reaches_itself_only() -> None:
+    segments = planned("bagel", "story")
+    reach = ours(segments)
+    for _ in range(4):  # after n squarings, paths of up to 2^n layers
+        reach = (reach.float() @ reach.float()) > 0
+    spans = spans_by_block(segments)
+    for (start, stop), (kind, n) in zip(bounds([n for _, n in spans]), spans, strict=True):
+        if kind == "noise":
+            assert reach[start:stop, start:stop].all()
+            assert reach[:, start:stop].sum() == n * n
+
+
+def test_mogao_hides_latents_from_words_and_from_nothing_else() -> None:
+    segments = planned("mogao", "story")
+    ports = [segment.port for segment in segments for _ in range(len(segment))]
+    hidden = torch.tensor([[q == "text" and k == "draw" for k in ports] for q in ports])
+    assert hidden.any()
+    mask = ours(segments)
+    assert torch.equal(mask, bagel_dense(spans_by_block(segments)) & ~hidden)
+    (start, *_) = [place for place, (port, segment) in enumerate(zip(ports, expanded(segments), strict=True)) if segment.field == "result"]
+    clean = [segment.port == "draw" and segment.mask == FULL for segment in expanded(segments)]
+    features = [segment.port == "see" for segment in expanded(segments)]
+    assert mask[start, torch.tensor(clean)].all() and mask[start, torch.tensor(features)].all()  # the noised picture sees both forms
+
+
+def expanded(segments: list[Segment]) -> list[Segment]:
+    return [segment for segment in segments for _ in range(len(segment))]
+
+
+def test_show_o2_is_causal_with_a_full_block_that_begins_with_the_time_and_leaves_its_markers_out() -> None:
+    for task in ("draw", "caption"):
+        segments = planned("show-o2", task)
+        place = next(number for number, segment in enumerate(segments) if segment.port == "image")
+        start = sum(len(segment) for segment in segments[:place])
+        assert [segments[place - 1].field, segments[place + 1].field] == ["<soi>", "<eoi>"]
+        assert len(segments[place]) == 1 + 6
+        total = sum(map(len, segments))
+        for spelling in (blocks_by_squares, blocks_by_offsets, blocks_by_ids):
+            assert torch.equal(ours(segments), spelling(total, [(start, start + 7)])), (task, spelling.__name__)
+        assert lay_out(segments).positions[0, :, 0].tolist() == list(range(total))
+
+
+def test_janusflow_stays_causal_and_the_time_stands_where_a_picture_would_begin() -> None:
+    segments = planned("janusflow", "draw")
+    assert [segment.port for segment in segments] == ["text", "text", "draw"]
+    assert segments[-1].timed and len(segments[-1]) == 1 + 6
+    total = sum(map(len, segments))
+    assert torch.equal(ours(segments), causal(total))
+    layout, batch = lay_out(segments), pack([Sequence(key="a", task="draw", segments=tuple(segments))])
+    assert is_causal(layout)
+    rows = batch.ports["draw"]
+    assert rows.time_rows is not None and rows.time_rows.tolist() == [total - 7]
+    assert rows.rows.tolist() == list(range(total - 6, total))

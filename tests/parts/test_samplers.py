@@ -325,6 +325,17 @@ def test_a_term_for_conditions_that_a_task_lacks_is_left_out():
     assert only_text.combine([torch.tensor([1.0]), torch.tensor([0.2])]).item() == pytest.approx(3.4)
 
 
+def test_a_condition_that_has_not_come_yet_pulls_nowhere():
+    """f = 1 also without the picture that is not there yet, u = 0.2: 3.4 as if there were no second term."""
+    outputs = [torch.tensor([value]) for value in (1.0, 0.2, 1.0)]
+    nested = table("nested", (["text"], 4.0), (["image"], 1.5)).guide(["text", "image"])
+    assert nested.after({"text"}).combine(outputs).item() == pytest.approx(3.4)
+    assert nested.after({"text", "image"}) == nested
+    additive = table("additive", (["text", "image"], 1.0), (["text"], 1.5), ([], 4.0)).guide(["text", "image"])
+    outputs = [torch.tensor([{True: 0.2, False: 1.0}["text" in drop]]) for drop in additive.drops]
+    assert additive.after({"text"}).combine(outputs).item() == pytest.approx(3.4)
+
+
 def test_one_scale_drops_every_group_at_once():
     guide = EulerConfig(guidance_scale=3.0).guide(["image", "text"])
     assert guide.passes() == (frozenset(), frozenset({"image", "text"}))

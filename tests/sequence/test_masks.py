@@ -1,5 +1,7 @@
 """The mask rule against its definition in words, and what follows from it."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from worlds import segment_lists, text
 
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.pack import lay_out, pack
-from stages.sequence.segment import MaskKind, Segment, Sequence
+from stages.sequence.segment import Layout, MaskKind, Segment, Sequence
 
 
 def mask_of(segments: list[Segment]) -> Tensor:
@@ -106,3 +108,35 @@ def test_a_merged_segment_extends_the_block_before_it() -> None:
 def test_an_isolated_block_sees_itself_whole_and_is_seen_by_nobody_else() -> None:
     isolated = MaskKind.ISOLATED
     assert rows(mask_of([text(1), text(2, mask=isolated), text(2, mask=isolated), text(1)])) == "100000 111000 111000 100110 100110 100001"
+
+
+# rows hidden from a port
+
+
+@st.composite
+def sighted(draw: st.DrawFn) -> list[Segment]:
+    """Any segments, each of a port of three, hidden from any of the other two."""
+    made = []
+    for segment in draw(segment_lists()):
+        number = draw(st.integers(0, 2))
+        made.append(replace(segment, port_number=number, hidden_from=draw(st.integers(0, 7)) & ~(1 << number)))
+    return made
+
+
+@given(sighted())
+def test_rows_of_a_port_never_see_what_is_hidden_from_it_and_everything_else_as_before(segments: list[Segment]) -> None:
+    tokens = [segment for segment in segments for _ in range(len(segment))]
+    hidden = torch.tensor([[bool(k.hidden_from >> q.port_number & 1) for k in tokens] for q in tokens])
+    mask = mask_of(segments)
+    assert torch.equal(mask, in_words(segments) & ~hidden)
+    assert mask.diagonal().all()
+    if hidden.any():
+        assert not is_causal(lay_out(segments))
+
+
+def test_a_layout_of_which_nothing_more_is_said_hides_nothing() -> None:
+    layout = lay_out([text(3)])
+    columns = {name: value for name, value in vars(layout).items() if name not in ("port_number", "hidden_from")}
+    plain = Layout(**columns)
+    assert plain.hidden_from.shape == plain.sample_id.shape
+    assert torch.equal(may_attend(plain, plain), may_attend(layout, layout))

@@ -10,6 +10,7 @@ from worlds import CAPTIONS, MIXED, mixed_recipe, planner_of, recipe_from, sampl
 
 from stages.data.sample import Sample
 from stages.recipe import Recipe, SegmentSpec
+from stages.sequence.masks import may_attend
 from stages.sequence.pack import lay_out
 from stages.sequence.plan import MissingField, Planner
 from stages.sequence.segment import MaskKind, PositionKind, Role, Segment, Sequence
@@ -319,6 +320,28 @@ def test_the_unconditional_prompt_is_planned_by_the_same_path_as_training() -> N
         "draw",
     )
     assert [*told(dropped), "<soi>", "codes 2×3", "<eoi>"] == told(trained.segments)
+
+
+def test_a_held_condition_right_before_what_is_written_holds_its_time_there_too() -> None:
+    held = MIXED.replace('objective = { kind = "next-token" }', 'objective = { kind = "next-token" }\nnull_condition = "hold"', 1)
+    sets = [f"tokenizers.bpe.vocab_size={TOKENIZER.vocab_size}"]
+    trained = plan(recipe_from(held.replace("cond_dropout_prob = 0.1", "cond_dropout_prob = 1.0"), sets=sets), "draw")
+    planner = planner_of(recipe_from(held, sets=sets))
+    prompt, rest = planner.prompt(sample_of(1), "draw", drop=["caption"])
+    asked = [*prompt, *planner.block(rest[0], torch.zeros(6, dtype=torch.int64), (2, 3))]
+    here, there = lay_out(asked), lay_out(list(trained.segments))
+    assert here.positions.tolist() == there.positions.tolist() and int(here.positions[0, 0, 0]) > 5
+    assert torch.equal(may_attend(here, here), may_attend(there, there))
+
+
+def test_a_noised_copy_that_is_given_is_left_out_of_a_prompt() -> None:
+    """Nobody else would see it. The clean copy after it is read."""
+    noised = '{ port = "latents", field = "image", role = "target", mask = "isolated" },\n  { port = "latents", field = "image" }'
+    text = MIXED.replace('{ port = "latents", field = "image", role = "target" }', noised)
+    planner = planner_of(recipe_from(text, sets=[f"tokenizers.bpe.vocab_size={TOKENIZER.vocab_size}"]))
+    prompt, rest = planner.prompt(sample_of(1, comment="well"), "paint")
+    assert [segment.mask for segment in prompt if segment.port == "latents"] == [MaskKind.FULL]
+    assert [spec.text for spec in rest] == ["{comment}<eot>"]
 
 
 def test_a_picture_made_while_sampling_is_wrapped_as_in_training() -> None:

@@ -67,13 +67,14 @@ class RopeConfig(PartConfig):
     """Rotary positions (RoFormer, arXiv:2104.09864). `axes` gives the head's channels to (t, h, w); without it all turn with t.
 
     rates: one falling row of them, cut between the axes (Qwen2-VL, arXiv:2409.12191), or for each axis a whole row "of-its-own"
-    (two-dimensional RoPE: LlamaGen, arXiv:2406.06525; EVA-02)."""
+    (two-dimensional RoPE: LlamaGen, arXiv:2406.06525; EVA-02), or the axes take the falling rates in turn, "interleaved", so that each has
+    fast and slow ones (Mogao, arXiv:2505.05472; Qwen3-VL)."""
 
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
     axes: tuple[int, int, int] | None = None
     scaling: RopeScalingConfig | None = None
-    rates: Literal["cut", "of-its-own"] = "cut"
+    rates: Literal["cut", "of-its-own", "interleaved"] = "cut"
 
 
 class NormConfig(PartConfig):
@@ -471,6 +472,9 @@ class Transformer(nn.Module):
             angle = positions[..., :1].float() * rate
         else:
             axis = torch.repeat_interleave(torch.arange(3, device=positions.device), torch.tensor(rope.axes, device=positions.device) // 2)
+            if rope.rates == "interleaved":  # t, h, w, t, h, w, ..., an axis that has all its rates being left out
+                turns = torch.cat([torch.arange(size // 2, device=positions.device) * 3 + place for place, size in enumerate(rope.axes)])
+                axis = axis.index_select(0, turns.argsort())
             if rope.rates == "of-its-own":
                 rate = torch.cat(
                     [rope.theta ** (-2 * torch.arange(size // 2, device=positions.device) / max(size, 1)) for size in rope.axes]

@@ -1,6 +1,8 @@
 """Connectors: a port's content → rows of the backbone's width. One row of the dict per kind."""
 
 from stages.parts.config import PartConfig
+from stages.parts.connectors.convnext import ConvNeXtConfig
+from stages.parts.connectors.dual_path import DualPathConfig
 from stages.parts.connectors.embedding import Embedding, EmbeddingConfig, EmbeddingMLPConfig
 from stages.parts.connectors.linear import LinearConfig, MLPConfig
 from stages.parts.connectors.masked import MaskedEncoder, MaskedEncoderConfig
@@ -14,6 +16,8 @@ CONNECTORS: dict[str, type[PartConfig]] = {
     "linear": LinearConfig,
     "masked-encoder": MaskedEncoderConfig,
     "mlp": MLPConfig,
+    "dual-path": DualPathConfig,
+    "convnext": ConvNeXtConfig,
     "transformer": TransformerConnectorConfig,
 }
 

@@ -8,7 +8,7 @@ so are logits.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -74,6 +74,13 @@ class Guide:
         """The sets of groups to drop, one network pass each; the first is the full condition. t is None where there is no noise level."""
         active = t is None or self.interval[0] < t <= self.interval[1]
         return self.drops if active else self.drops[:1]
+
+    def after(self, groups: Collection[str]) -> "Guide":
+        """The guide for what stands after conditions of these groups only: a nested term that drops none of them is left out, since its
+        pass would count the full condition twice. Additive terms cancel by themselves."""
+        if self.kind == "additive":
+            return self
+        return replace(self, terms=tuple(term for term in self.terms if self.drops[term[0]] & set(groups)))
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The guided prediction from one output (b, ...) per pass; a single output is returned as it is."""
