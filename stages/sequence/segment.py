@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,6 +145,19 @@ class Layout(TensorTable):
     isolated: Tensor  # bool; invisible to other blocks
     positions: Tensor  # int (b, l, 3); (t, h, w) for the rotary embedding
     expert_id: Tensor  # int; whose weights
+
+    @classmethod
+    def padding(cls, b: int, length: int) -> Self:
+        """A table (b, l) without any token."""
+        return cls(
+            sample_id=torch.full((b, length), -1),
+            block_id=torch.full((b, length), -1),
+            index=torch.arange(length).expand(b, length).clone(),  # padding has an index of its own, to see itself by
+            full=torch.zeros(b, length, dtype=torch.bool),
+            isolated=torch.zeros(b, length, dtype=torch.bool),
+            positions=torch.zeros(b, length, 3, dtype=torch.int64),
+            expert_id=torch.zeros(b, length, dtype=torch.int64),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
