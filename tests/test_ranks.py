@@ -45,7 +45,7 @@ TWO_NETWORKS = (
     " connector={kind='embedding'}, head={kind='linear'}, objective={kind='next-token'}}",
     "sample.draw={sampler='autoregressive'}",
     "backbones.denoiser.mlp={kind='moe', experts=3, top_k=2, balance_weight=0.5}",
-    "phases=[{name='all', stage='train-unified', tasks={draw=1.0, text=1.0}, steps=3, batch_size=2, lr=1e-3},"
+    "phases=[{name='all', stage='train-unified', tasks={draw=1.0, text=2.0}, steps=3, batch_size=2, lr=1e-3},"
     " {name='rest', stage='train-unified', tasks={draw=1.0, text=1.0}, frozen=['ports.text'], steps=4, batch_size=2, lr=1e-3}]",
 )
 PHASES = """phases=[
