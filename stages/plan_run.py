@@ -15,6 +15,7 @@ from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.drawing.example import Example, laid_open
 from stages.errors import MmgenError
+from stages.flops import FlopCounter
 from stages.footprint import footprint
 from stages.hub import is_model
 from stages.model import meta_model
@@ -219,6 +220,7 @@ def describe_phase(
     scale = samples / len(batch) if batch else 0.0
     supervised = {name: scale * int(rows.target.sum()) for name, rows in packed.ports.items() if recipe.ports[name].objective is not None}
     rows, length = packed.layout.shape
+    flops = samples * flops_of_sample(recipe, phase, planned, weight)
     return told | {
         "tokens_per_sample": {task: {"mean": sum(own) / len(own), "max": max(own), "samples": len(own)} for task, own in lengths.items()},
         "samples_per_step": samples,
@@ -226,6 +228,8 @@ def describe_phase(
         "supervised_per_step": supervised,
         "samples_seen": samples * phase.steps,
         "tokens_seen": samples * mean * phase.steps,
+        "flops_per_step": flops,
+        "flops": flops * phase.steps,
         "epochs": samples * phase.steps / len(data),
         "packing": {"rows": rows, "row_length": length, "padding": packed.padding, "sequences": len(batch)},
         "memory": footprint(
@@ -238,6 +242,12 @@ def sample_batch(planned: Mapping[str, list[Planned]], weight: Mapping[str, floa
     """A batch in the phase's mix of tasks, of at most as many samples as were planned."""
     size = max(1, min(round(samples), max(len(own) for own in planned.values())))
     return [sequence for task, own in planned.items() for sequence in own[: max(1, round(weight[task] * size))]]
+
+
+def flops_of_sample(recipe: Recipe, phase: Phase, planned: Mapping[str, list[Planned]], weight: Mapping[str, float]) -> float:
+    """What a sample of the phase's mix costs in training, on average; which samples share a row changes nothing."""
+    counter = FlopCounter(meta_model(recipe), phase)
+    return sum(weight[task] * sum(counter.of(pack(own)).values()) / len(own) for task, own in planned.items() if own)
 
 
 def picture_phase(recipe: Recipe, phase: Phase, weights: Mapping[str, int], data: Shards | None) -> Plan:
@@ -325,11 +335,23 @@ def phase_lines(phase: Plan) -> list[str]:
         tokens = f", {count_words(phase['tokens_seen'])} tokens" if phase.get("tokens_seen") else ""
         epochs = f", {phase['epochs']:.3g} epochs" if "epochs" in phase else ""
         lines.append(f"  in all: {phase['samples_seen']:,.0f} samples{tokens}{epochs}")
+    if phase.get("flops"):
+        lines.append(
+            f"  compute: {flops_words(phase['flops_per_step'])} a step, {flops_words(phase['flops'])} in all, forward and backward"
+        )
     memory = {key.replace("_", " "): value for key, value in phase["memory"].items() if value}
     total = memory.pop("total", 0)
     unknown = "" if phase["memory"]["activations"] is not None else ", activations not known"
     held = ", ".join(f"{key} {bytes_words(value)}" + (" (estimate)" if key == "activations" else "") for key, value in memory.items())
     return [*lines, f"  memory: {bytes_words(total)} ({held}{unknown})"]
+
+
+def flops_words(value: float) -> str:
+    """1.23e12 → "1.23 TFLOP"."""
+    for size, unit in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}FLOP"
+    return f"{value / 1e6:.3g} MFLOP"
 
 
 def bytes_words(value: float) -> str:

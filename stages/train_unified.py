@@ -19,6 +19,7 @@ from stages import ranks
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
 from stages.errors import UsageError
+from stages.flops import FlopCounter
 from stages.model import Model, PortLoss, auxiliary_weights, build_model, count_parameters, covers, set_trainable, shared_losses
 from stages.options import RunOptions
 from stages.recipe import Phase, Recipe, Stage
@@ -145,6 +146,7 @@ def train_phases(
             "steps": ledger.total_step,
             "samples": ledger.samples,
             "tokens": ledger.tokens,
+            "flops": ledger.flops,
             "seed": options.seed,
             "ema": bool(averages),
             "grids": picture_grids(recipe, planner, data),
@@ -161,6 +163,7 @@ def training_step(model: Model, phase: Phase, device: torch.device, dtype: torch
     """The closure `fit` calls: corrupt, embed, run, judge; one weighted sum of the ports' losses."""
     model.train()
     set_trainable(model, phase.trainable, phase.frozen)  # puts frozen towers back into evaluation mode
+    counter = FlopCounter(model, phase)
 
     def step(batch: Batch, generator: Generator) -> StepResult:
         with autocast(device, dtype):
@@ -169,7 +172,8 @@ def training_step(model: Model, phase: Phase, device: torch.device, dtype: torch
         total = combine(model.recipe, losses, phase.reduce)
         log: dict[str, Any] = {f"loss/{name}": mean for name, mean in means.items()}
         log["padding"] = batch.padding
-        return StepResult({"main": total}, log, samples=len(batch.keys), tokens=batch.num_tokens, keys=batch.keys)
+        flops = sum(counter.of(batch).values())
+        return StepResult({"main": total}, log, samples=len(batch.keys), tokens=batch.num_tokens, flops=flops, keys=batch.keys)
 
     return step
 

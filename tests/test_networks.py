@@ -12,13 +12,15 @@ from worlds import lively, make_world, planner_of, recipe_from, sample_of, text_
 from stages.data.shards import open_shards
 from stages.decoding import Prompt, Session
 from stages.errors import RecipeError
-from stages.model import Model, build_model
+from stages.flops import FlopCounter
+from stages.model import Model, build_model, meta_model
 from stages.options import RunOptions
 from stages.parts.samplers import EulerConfig, Guide
 from stages.recipe import Recipe
 from stages.sample import sample
+from stages.sequence.masks import may_attend
 from stages.sequence.pack import pack
-from stages.sequence.segment import Batch
+from stages.sequence.segment import Batch, Layout
 from stages.train_unified import train_unified
 from stages.training.checkpoint import load_model
 
@@ -308,3 +310,19 @@ def test_noise_levels_are_those_of_the_block() -> None:
         assert flat.index_select(0, batch.ports["draw"].rows).tolist() == pytest.approx([0.6] * 12)
         assert set(np.round(flat.index_select(0, batch.ports["plan"].rows).tolist(), 3)) == {of_plan}
         assert model.noise(batch, "lm") is None
+
+
+def test_operations_are_counted_in_each_network_by_its_own_tokens() -> None:
+    recipe = MODELS[False].recipe
+    model = meta_model(recipe)
+    batch = batch_of(MODELS[False], [0, 1, 4])
+    counts = FlopCounter(model, recipe.phases[1]).of(batch)
+    for name, width, depth in (("lm", 32, 2), ("denoiser", 24, 2)):
+        layout = batch.layouts[name]
+        assert counts[f"backbones.{name}.attention"] == 3 * 4 * depth * width * int((may_attend(layout, layout) & real(layout)).sum())
+    frozen = 2 * 2 * (4 * 32 * 32 + 3 * 32 * 48) * 2  # forward and the gradient of what comes in, of two layers
+    assert counts["backbones.lm"] == frozen * int((batch.layouts["lm"].sample_id >= 0).sum())
+
+
+def real(layout: Layout) -> Tensor:
+    return (layout.sample_id >= 0)[:, :, None]

@@ -81,6 +81,7 @@ class Ledger:
     tokens: int = 0
     position: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
 
 
 def deterministic() -> None:
@@ -132,7 +133,7 @@ def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Le
             run.say(
                 f"warning: this run was made with {name} = {facts[name]}, it continues with {now}; the result will differ in the last bits"
             )
-    ledger = Ledger(**{key: facts[key] for key in Ledger.__dataclass_fields__})
+    ledger = Ledger(**{key: facts[key] for key in Ledger.__dataclass_fields__ if key in facts})
     run.cut_metrics(ledger.total_step)
     return ledger, folder
 
@@ -211,12 +212,14 @@ def fit(
         save_due = time.monotonic() - last_save > pause
         numbers = numbers_of(result)
         agreed = ranks.summed(
-            torch.tensor([result.samples, result.tokens, out_of_time, save_due, run.stopping, *numbers.values()], dtype=torch.float64)
+            torch.tensor(
+                [result.samples, result.tokens, result.flops, out_of_time, save_due, run.stopping, *numbers.values()], dtype=torch.float64
+            )
         ).tolist()
         samples, tokens = map(int, agreed[:2])
-        out_of_time, save_due, stopping = map(bool, agreed[2:5])
-        numbers = {name: total / ranks.size() for name, total in zip(numbers, agreed[5:], strict=True)}
-        ledger.samples, ledger.tokens = ledger.samples + samples, ledger.tokens + tokens
+        out_of_time, save_due, stopping = map(bool, agreed[3:6])
+        numbers = {name: total / ranks.size() for name, total in zip(numbers, agreed[6:], strict=True)}
+        ledger.samples, ledger.tokens, ledger.flops = ledger.samples + samples, ledger.tokens + tokens, ledger.flops + agreed[2]
         ledger.position, ledger.seconds = batches.position, seconds_before + time.monotonic() - started
         meter.add(numbers if norm is None else {**numbers, "grad_norm": norm}, samples, tokens)
         last = ledger.step == phase.steps or out_of_time or out_of_steps or stopping
@@ -307,11 +310,13 @@ class _Meter:
         means = {name: self.sums[name] / self.counts[name] for name in self.sums}
         lr = phase.lr if isinstance(phase.lr, float) else phase.lr["default"]
         speed = {"tokens_per_second": round(self.tokens / seconds)} if self.tokens else {}
+        spent = {"flops": ledger.flops} if ledger.flops else {}
         self.run.log(
             step=ledger.total_step,
             phase=phase.name,
             samples=ledger.samples,
             tokens=ledger.tokens,
+            **spent,
             lr=lr * rate,
             seconds=round(ledger.seconds, 2),
             samples_per_second=round(self.samples / seconds, 1),

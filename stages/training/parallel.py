@@ -27,6 +27,7 @@ class StepResult:
     log: dict[str, float | int | Tensor] = field(default_factory=dict)
     samples: int = 0
     tokens: int = 0
+    flops: float = 0.0  # forward and backward, see `stages.flops`
     keys: tuple[str, ...] = ()
 
 
