@@ -161,6 +161,11 @@ class Model(nn.Module):
         """The network that a port enters."""
         return self.network(self.recipe.ports[port].backbone)
 
+    def shard_networks(self) -> list[nn.Module]:
+        """What is kept in shards layer by layer: the networks, which all ranks run. Ports and encoders, which a rank may have no use for
+        in its batch, are put together once a step."""
+        return list(self.backbones.values())
+
     # training
 
     def losses(self, batch: Batch, generator: Generator) -> dict[str, PortLoss]:
@@ -168,16 +173,18 @@ class Model(nn.Module):
         noisy = self.corrupt(batch, generator)
         losses: dict[str, PortLoss] = {}
         rows_of: dict[str, Tensor] = {}
-        for network in self.recipe.backbones:
-            name = network if network in noisy.layouts else ""
-            if name not in noisy.layouts or not noisy.layouts[name].sample_id.numel():
-                continue
+        for network, here in self._running(noisy).items():
+            name = network if len(self.recipe.backbones) > 1 else ""
             loads: list[Load] = []
-            hidden = self.hidden(noisy, loads=loads, network=name, others=rows_of)
+            if here:
+                hidden = self.hidden(noisy, loads=loads, network=name, others=rows_of)
+                rows_of[name] = hidden.reshape(-1, hidden.shape[-1])
+            else:  # for the other ranks: a port of this network is judged by nothing
+                port = next(port for port in self.recipe.ports if self._enters(port, name))
+                losses[port] = PortLoss(self.network(name).idle(loads).sum() * 0.0, 0)
             if loads:  # training steps are taken by all ranks together, also by one that has no sample and looks on at another's
-                shared = balance(loads, everywhere=self.training, counted=batch.num_supervised > 0)
+                shared = balance(loads, everywhere=self.training, counted=here and batch.num_supervised > 0)
                 losses[f"{network}.balance"] = PortLoss(*shared)
-            rows_of[name] = hidden.reshape(-1, hidden.shape[-1])
         for name, rows in noisy.ports.items():
             if rows.supervised is not None:
                 losses[name] = self._supervise(name, rows, rows_of[self.table_of(name)], generator)
@@ -187,6 +194,19 @@ class Model(nn.Module):
                 first, second = (ranks.gathered_rows(self.pooled(port, noisy.ports[port])) for port in between)
                 losses[name] = PortLoss(objective(first, second), 1)
         return losses
+
+    def _running(self, batch: Batch) -> dict[str, bool]:
+        """The networks that have tokens in the batch, here or, while training, on any rank: network → whether here.
+
+        What ranks do with a network they do together (put its weights together, average gradients, balance its experts), so none stays away.
+        """
+        several = len(self.recipe.backbones) > 1
+        layouts = {network: batch.layouts.get(network if several else "") for network in self.recipe.backbones}
+        here = {network: layout is not None and layout.sample_id.numel() > 0 for network, layout in layouts.items()}
+        anywhere = torch.tensor(list(here.values()), dtype=torch.int64)
+        if several and self.training:
+            ranks.summed(anywhere)
+        return {network: own for (network, own), count in zip(here.items(), anywhere.tolist(), strict=True) if count}
 
     def table_of(self, port: str) -> str:
         """What the table of a port's network is called in a batch."""

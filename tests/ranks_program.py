@@ -1,6 +1,7 @@
 """What torchrun starts for test_ranks.py: every rank does all jobs of a file, one after the other, through the stages' own doors.
 
-Beside each result it leaves `batches-RANK.jsonl`: where each batch of this rank began in the stream, and the keys of its samples.
+Beside each result it leaves `batches-RANK.jsonl`: where each batch of this rank began in the stream, the keys of its samples,
+and the ports it holds.
 """
 
 import json
@@ -30,7 +31,7 @@ def record_batches(source: Any) -> None:
         batch = take(self)
         if self.ranks > 1 or self.recorded:
             with (REPORT / f"batches-{ranks.rank()}.jsonl").open("a") as file:
-                file.write(json.dumps([before, list(batch.keys)]) + "\n")
+                file.write(json.dumps([before, list(batch.keys), sorted(getattr(batch, "ports", ()))]) + "\n")
         return batch
 
     source.next_batch = next_batch

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_networks import recipe_of
+from test_next_scale import hybrid
+from test_next_scale import sample_of as hybrid_sample
 from torch import Tensor
 from worlds import CAPTIONS, make_world, mixed_recipe, sample_of
 
@@ -34,6 +37,17 @@ PLAIN = (
 )
 FILLED = ("phases=[{ name='joint', stage='train-unified', tasks={ draw = 1.0, answer = 1.0 }, steps=6, batch_tokens=62, lr=1e-3 }]",)
 ROUTED = ('backbones.lm.mlp={kind="moe", experts=3, top_k=2, shared=1, balance_weight=2.0}',)
+# two networks, the second with learned experts; where only words are read, and are not learned, the first one's input has no gradient
+TWO_NETWORKS = (
+    "autoencoders={vq={kind='cnn', downsample=4, multipliers=[1, 1, 1], channels=8, latent_channels=4,"
+    " quantizer={kind='vq', codebook_size=11, codebook_dim=4}}}",
+    "ports.draw={backbone='denoiser', content='codes', autoencoder='vq', expert='picture',"
+    " connector={kind='embedding'}, head={kind='linear'}, objective={kind='next-token'}}",
+    "sample.draw={sampler='autoregressive'}",
+    "backbones.denoiser.mlp={kind='moe', experts=3, top_k=2, balance_weight=0.5}",
+    "phases=[{name='all', stage='train-unified', tasks={draw=1.0, text=2.0}, steps=3, batch_size=2, lr=1e-3},"
+    " {name='rest', stage='train-unified', tasks={draw=1.0, text=1.0}, frozen=['ports.text'], steps=4, batch_size=2, lr=1e-3}]",
+)
 PHASES = """phases=[
   {name="first", stage="train-unified", tasks={draw=1.0}, steps=3, batch_size=4, lr=1e-3, ema_decay=0.5},
   {name="second", stage="train-unified", tasks={answer=1.0, paint=1.0}, steps=3, batch_size=4, lr=1e-3, frozen=["backbones.lm.experts.words"]},
@@ -90,9 +104,15 @@ class Jobs:
         found: dict[int, dict[int, list[str]]] = {}
         for file in sorted((self.folder / name).glob("batches-*.jsonl")):
             for line in file.read_text().splitlines():
-                start, keys = json.loads(line)
+                start, keys, _ = json.loads(line)
                 found.setdefault(start, {})[int(file.stem.split("-")[1])] = keys
         return [sorted(chain.from_iterable(parts.values())) for _, parts in sorted(found.items())]
+
+    def ports(self, name: str) -> list[list[set[str]]]:
+        """The ports that each rank's part of each batch holds: [step][rank]."""
+        files = sorted((self.folder / name).glob("batches-*.jsonl"))
+        lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        return [[set(ports) for _, _, ports in step] for step in zip(*lines, strict=True)]
 
     def losses(self, name: str) -> list[tuple[int, float]]:
         lines = [json.loads(line) for line in (self.folder / name / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -152,7 +172,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     prompts = make_world(
         folder / "prompts", mixed_recipe(), [sample_of(number, qa=[asked(number)]) for number in range(NUM_PROMPTS)]
     ).shards
+    networks = recipe_of(False, *TWO_NETWORKS)
+    mixtures = {
+        "networks": (networks, make_world(folder / "networks", networks, [sample_of(number) for number in range(8)]).shards),
+        "hybrid": (hybrid(), make_world(folder / "hybrid", hybrid(), [hybrid_sample(number) for number in range(8)]).shards),
+    }
     jobs.train("alone", *PLAIN)
+    for name, mixture in mixtures.items():
+        jobs.add(f"alone {name}", *mixture)
     jobs.train("alone filled", *FILLED, *PLAIN[:2])
     jobs.train("alone routed", *FILLED, *PLAIN[:2], *ROUTED)
     jobs.train("alone phases", PHASES)
@@ -164,6 +191,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.call("alone scores", "eval", folder / "alone phases" / "out", prompts)
     jobs.run(1)
     jobs.train("ddp", *PLAIN)
+    for name, mixture in mixtures.items():
+        jobs.add(f"ddp {name}", *mixture)
+        jobs.add(f"fsdp {name}", *mixture, parallel="fsdp")
     jobs.train("fsdp", *PLAIN, parallel="fsdp")
     jobs.train("ddp filled", *FILLED, *PLAIN[:2])
     jobs.train("ddp routed", *FILLED, *PLAIN[:2], *ROUTED)
@@ -212,6 +242,22 @@ def test_learned_routing_is_balanced_over_the_batch_of_all_ranks(done: Jobs, nam
     assert close(done.weights(f"{name} routed"), done.weights("alone routed"))
     last = json.loads((done.folder / f"{name} routed" / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert 1.9 < last["loss/lm.balance"] < 2.5  # two of three experts a token: 2 is even
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["networks", "hybrid"])
+def test_ranks_whose_batches_need_other_parts_learn_the_weights_of_one(done: Jobs, name: str, parallel: str) -> None:
+    """A network, an encoder or a port that one rank has no token for, or that none has: then an optimizer must pass its weights over."""
+    held = done.ports(f"{parallel} {name}")
+    everything = set().union(*chain.from_iterable(held))
+    some = {"networks": "draw", "hybrid": "see"}[name]
+    assert any(some in first ^ second for first, second in held)
+    assert any(everything - first - second for first, second in held[1:])
+    found, expected = done.weights(f"{parallel} {name}"), done.weights(f"alone {name}")
+    assert found.keys() == expected.keys()
+    for address, value in expected.items():
+        if value.dim() > 1:  # single numbers, and biases of keys, have no gradient but rounding, which Adam makes large
+            assert float((found[address] - value).square().mean().sqrt()) < 1e-5, address  # they moved by up to 7e-3
 
 
 def test_phases_freeze_and_average_in_shards_as_they_do_whole(done: Jobs) -> None:

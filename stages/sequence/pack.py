@@ -168,18 +168,7 @@ def _sources(listed: list[Sequence], placed: dict[str, list[_Placed]]) -> dict[s
 
 
 def _layout(placed: list[_Placed], shape: tuple[int, int]) -> Layout:
-    b, length = shape
-    table = Layout(
-        sample_id=torch.full((b, length), -1),
-        block_id=torch.full((b, length), -1),
-        index=torch.arange(length).expand(b, length).clone(),  # padding has an index of its own, to see itself by
-        full=torch.zeros(b, length, dtype=torch.bool),
-        isolated=torch.zeros(b, length, dtype=torch.bool),
-        positions=torch.zeros(b, length, 3, dtype=torch.int64),
-        expert_id=torch.zeros(b, length, dtype=torch.int64),
-        port_number=torch.zeros(b, length, dtype=torch.int64),
-        hidden_from=torch.zeros(b, length, dtype=torch.int64),
-    )
+    table = Layout.padding(*shape)
     if not placed:
         return table
     _, which, within = _expand([len(p.segment) for p in placed])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -155,6 +155,19 @@ class Layout(TensorTable):
         """Left out, the last two columns are zero: nothing is hidden from anybody."""
         if self.port_number.shape[:2] != self.sample_id.shape:
             self.port_number, self.hidden_from = torch.zeros_like(self.sample_id), torch.zeros_like(self.sample_id)
+
+    @classmethod
+    def padding(cls, b: int, length: int) -> Self:
+        """A table (b, l) without any token."""
+        return cls(
+            sample_id=torch.full((b, length), -1),
+            block_id=torch.full((b, length), -1),
+            index=torch.arange(length).expand(b, length).clone(),  # padding has an index of its own, to see itself by
+            full=torch.zeros(b, length, dtype=torch.bool),
+            isolated=torch.zeros(b, length, dtype=torch.bool),
+            positions=torch.zeros(b, length, 3, dtype=torch.int64),
+            expert_id=torch.zeros(b, length, dtype=torch.int64),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -44,8 +44,9 @@ class Engine:
         self._inside = _Inside(network)
         self._run: Callable[[Callable[[], Any]], Any] = self._inside
         if self.sharded:
-            for module in network.modules():
-                for unit in getattr(module, "shard_units", list)():
+            for module in getattr(network, "shard_networks", list)():
+                module.register_forward_pre_hook(_alike)
+                for unit in module.shard_units():
                     fully_shard(unit)
             fully_shard(self._inside)
 
@@ -76,17 +77,28 @@ class Engine:
         def losses() -> dict[str, Tensor]:
             results.append(work())
             found = dict(results[0].losses)
-            if self.sharded:  # a rank whose batch lacks a port takes part in averaging its gradient all the same
+            if self.sharded:
                 for name, named in learning.items():
-                    own = {address for address, _ in named}
-                    there = [p for n, p in self.network.named_parameters() if n in own and not isinstance(p, DTensor)]
-                    found[name] = sum((0.0 * parameter.sum() for parameter in there), start=found[name])
+                    found[name] = self._for_all(found[name], {address for address, _ in named})
             return found
 
         if ranks.size() == 1:
             return work()
         ready = self._run(losses)
         return replace(results[0], losses=ready)
+
+    def _for_all(self, loss: Tensor, own: set[str]) -> Tensor:
+        """The loss, with a share of nothing in the weights (of ports, encoders) that only other ranks' batches use.
+
+        So a rank takes part in averaging their gradients. What no rank uses must have none: given a gradient of zero, an optimizer would
+        still move it by momentum and decay, which one rank (and DDP) does to no weight that a batch lacks.
+        """
+        there = [p for n, p in self.network.named_parameters() if n in own and not isinstance(p, DTensor)]
+        reached = _leaves(loss)
+        here = [id(parameter) in reached for parameter in there]
+        anywhere = ranks.summed(torch.tensor(here, dtype=torch.int64)).tolist()
+        unused = [p for p, mine, count in zip(there, here, anywhere, strict=True) if count and not mine]
+        return sum((0.0 * parameter.sum() for parameter in unused), start=loss)
 
     def backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         """One loss never leaves gradients in another's parameters. (Of a sharded network, torch knows its own, and there is one loss.)"""
@@ -100,6 +112,30 @@ class _Inside(nn.Module):
 
     def forward(self, work: Callable[[], Result]) -> Result:
         return work()
+
+
+def _alike(_: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a network runs in shards: its input requires a gradient on every rank or on none. Torch averages the gradients of a layer
+    when that of its input is there, or else at the very end, and ranks must do so in the same order."""
+    x = args[0]
+    if torch.is_grad_enabled() and ranks.summed(torch.tensor(int(x.requires_grad))):
+        x.requires_grad_()
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """The ids of all tensors without a history that a loss is made of."""
+    nodes: set[Any] = set()
+    leaves: set[int] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -358,6 +358,11 @@ class Transformer(nn.Module):
         """What is put together when it runs, where weights are kept in shards: the modules of one layer, of all experts."""
         return [[copy for copies in layer.values() for copy in copies if isinstance(copy, nn.Module)] for layer in self._layers]
 
+    def idle(self, loads: list[Load] | None = None) -> Tensor:
+        """The hidden row (1, 1, d) of one token of padding: what a rank runs that has no token for this network where others have."""
+        device = next(self.parameters()).device
+        return self(torch.zeros(1, 1, self.config.width, device=device), Layout.padding(1, 1).to(device), loads=loads)
+
     def copy_expert(self, source: str) -> None:
         """Every other expert starts from the weights of `source` (LMFusion, BAGEL)."""
         weights = self.experts[source].state_dict()
