@@ -519,21 +519,12 @@ def _check(recipe: Recipe) -> None:
         _known(name, recipe.ports, f"sample.{name}")
         objective = recipe.ports[name].objective
         sampler = recipe.sample[name].kind
-        fitting = {
-            "next-token": ("autoregressive",),
-            "masked-token": ("masked",),
-            "denoise": ("euler", "ddim", "heun"),
-            "regress": ("regress",),
-            "next-scale": ("next-scale",),
-            "masked-denoise": ("masked-denoise",),
-            "next-feature": ("autoregressive",),
-        }
         if objective is None:
             raise RecipeError(f"sample.{name}: the port has no objective, it can only be read")
-        if sampler not in fitting[objective.kind]:
+        if sampler not in objective.samplers:
             raise RecipeError(
                 f"sample.{name}.sampler: '{sampler}' does not fit the objective '{objective.kind}'",
-                hint=nearest("", fitting[objective.kind]),
+                hint=nearest("", objective.samplers),
             )
         drawing = sorted({"temperature", "top_k", "top_p", "max_tokens"} & recipe.sample[name].model_fields_set)
         if objective.kind == "next-feature" and drawing:

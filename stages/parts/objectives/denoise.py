@@ -5,7 +5,7 @@ t is drawn and in how losses are weighted; each choice is a named pure function.
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -34,6 +34,7 @@ class DenoiseConfig(NoisingConfig):
     """Each target segment is noised as a whole, and denoised by the whole network."""
 
     kind: Literal["denoise"] = "denoise"
+    samplers: ClassVar[tuple[str, ...]] = ("euler", "ddim", "heun")
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
         """One t for each target segment; context segments stay clean at t = 0."""

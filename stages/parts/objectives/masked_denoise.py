@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import NormalDist
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,7 @@ class MaskedDenoiseConfig(NoisingConfig):
     """
 
     kind: Literal["masked-denoise"] = "masked-denoise"
+    samplers: ClassVar[tuple[str, ...]] = ("masked-denoise",)
     mask_ratio: Literal["truncated-normal", "cosine", "linear", "square"] = "truncated-normal"
     mask_ratio_min: float = Field(default=0.7, gt=0, lt=1)
     repeats: int = Field(default=4, ge=1)

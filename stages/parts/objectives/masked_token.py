@@ -1,7 +1,7 @@
 """Masked-token prediction (MaskGIT, arXiv:2202.04200; Show-o, arXiv:2408.12528): hide a random share of the codes, predict them in place."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,7 @@ class MaskedTokenConfig(PartConfig):
     only they are judged (Show-o, section 3.2). `codebook_size` ids come from the port; the mask token is the id after them."""
 
     kind: Literal["masked-token"] = "masked-token"
+    samplers: ClassVar[tuple[str, ...]] = ("masked",)
     mask_ratio: Literal["cosine", "linear", "square"] = "cosine"
     softmax: Literal["port", "vocabulary"] = "port"
 

@@ -5,7 +5,7 @@ port's connector. A squared error makes the prediction a mean: given the context
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -19,6 +19,7 @@ class NextFeatureConfig(PartConfig):
     `cosine` is one minus the cosine, which leaves lengths alone."""
 
     kind: Literal["next-feature"] = "next-feature"
+    samplers: ClassVar[tuple[str, ...]] = ("autoregressive",)
     distance: Literal["l2", "smooth-l1", "cosine"] = "l2"
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:

@@ -5,7 +5,7 @@ makes of the codes; and a scale sees itself and what comes before it, which the 
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Generator, Tensor
 
@@ -18,6 +18,7 @@ class NextScaleConfig(PartConfig):
     """Cross-entropy of every code of every scale, all alike."""
 
     kind: Literal["next-scale"] = "next-scale"
+    samplers: ClassVar[tuple[str, ...]] = ("next-scale",)
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
         """Targets are read where they stand, and judged all."""

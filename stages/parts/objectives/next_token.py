@@ -1,7 +1,7 @@
 """Next-token prediction: the row before a token is read to predict it."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ class NextTokenConfig(PartConfig):
     softmax). `z_loss` · log²Z keeps logits from drifting (Chameleon, arXiv:2405.09818, 1e-5)."""
 
     kind: Literal["next-token"] = "next-token"
+    samplers: ClassVar[tuple[str, ...]] = ("autoregressive",)
     softmax: Literal["port", "vocabulary"] = "port"
     z_loss: float = 0.0
 

@@ -2,7 +2,7 @@
 what a frozen encoder says of the picture (SEED-X, arXiv:2404.14396, section 3.1; AlignerNet of Kosmos-G, arXiv:2310.02992)."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ class RegressConfig(PartConfig):
     """distance: l2, the squared error averaged over channels, or cosine, one minus it."""
 
     kind: Literal["regress"] = "regress"
+    samplers: ClassVar[tuple[str, ...]] = ("regress",)
     distance: Literal["l2", "cosine"] = "l2"
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
