@@ -213,6 +213,34 @@ def ceiling_table(work: Path) -> str:
     return "\n".join(lines)
 
 
+def edit_table(work: Path) -> str:
+    """What instructions did, for each pair of scales it was sampled with; each number with its interval over pictures, for it is one training."""
+    columns = {"changed": "did what was said", "kept": "kept the rest", "scenes": "whole scene right", "readable": "readable"}
+    lines = []
+    for path in sorted(work.glob("edits/scores-*/results.json")):
+        picture, words = path.parent.name.removeprefix("scores-").split("-")
+        found = {
+            (entry["category"], entry["control"]): entry
+            for entry in json.loads(path.read_text())["results"]
+            if entry["metric"] == "edit-accuracy" and entry["split"] == "val"
+        }
+        for control, name in ((None, f"{picture} and {words}"), ("shuffled", f"{picture} and {words}, other pictures' edits")):
+            own = [found.get((category, control)) for category in columns]
+            if any(entry and entry["value"] is not None for entry in own):
+                lines.append([name, *(interval_words(entry) for entry in own)])
+    if not lines:
+        return "Not run."
+    heads = ["scale of the picture and of the words", *columns.values()]
+    return "\n".join([row(heads), row(["---", *["--:"] * len(columns)]), *map(row, lines)])
+
+
+def interval_words(entry: Run | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "–"
+    low, high = entry["interval"]
+    return f"{entry['value']:.2f} ({low:.2f}–{high:.2f})"
+
+
 def row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -287,6 +315,7 @@ def main() -> None:
     groups = by_arm(runs)
     tables = {name: score_table(groups, axis) for name, axis in AXES.items()}
     tables |= {"promotion": promotion_table(groups), "questions": question_table(groups), "ceilings": ceiling_table(arguments.work)}
+    tables["edits"] = edit_table(arguments.work)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     if (arguments.out / "README.md").is_file():
