@@ -120,7 +120,7 @@ def said(found: Difference | None, p: float | None) -> str:
     """ "+0.041 ± 0.020 (p 0.013)", in bold where the corrected p-value is below 0.05."""
     if found is None or p is None:
         return "–"
-    words = f"{found.mean:+.3f} ± {found.half:.3f} (p {p:.3f})"
+    words = f"{found.mean:+.3f} ± {found.half:.3f} (p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
     return f"**{words}**" if p < 0.05 else words
 
 
