@@ -1,7 +1,7 @@
 """Pictures beside what a model made of them, as one PNG: `python contact_sheet.py OUT.png TITLE=SAMPLES ... [--count 24] [--line TEXT]`.
 
 SAMPLES are shards as `mmgen eval` and `mmgen sample` write them: each sample's `image` stands left of its `sample.image`, its
-caption below. COUNT samples are shown at even distances, not the best ones.
+caption below; with --fields FIELD FIELD TEXT, other fields. COUNT samples are shown at even distances, not the best ones.
 """
 
 import argparse
@@ -46,12 +46,12 @@ def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
     return kept
 
 
-def section(samples: Shards, title: str, count: int) -> Image.Image:
-    """A title above a table of pairs: the picture of the data, and the model's."""
+def section(samples: Shards, title: str, count: int, given: str, made: str, text: str) -> Image.Image:
+    """A title above a table of pairs: the picture of the data, and the model's. given, made, text: the fields that they are."""
     heading, font = ImageFont.load_default(20), ImageFont.load_default(13)
     shown = min(count, len(samples))
     chosen = [samples[i * len(samples) // shown].fields for i in range(shown)]
-    pair = any("image" in fields for fields in chosen)
+    pair = any(given in fields for fields in chosen)
     width, height = SIDE * (2 if pair else 1) + 2 * pair, SIDE + 40
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, 40 + rows * (height + GAP)), PAPER)
@@ -60,10 +60,10 @@ def section(samples: Shards, title: str, count: int) -> Image.Image:
     for place, fields in enumerate(chosen):
         row, column = divmod(place, COLUMNS)
         x, y = GAP + column * (width + GAP), 40 + row * (height + GAP)
-        if "image" in fields:
-            sheet.paste(enlarged(fields["image"]), (x, y))
-        sheet.paste(enlarged(fields["sample.image"]), (x + (SIDE + 2) * pair, y))
-        for number, line in enumerate(shortened(plain(str(fields.get("caption", ""))), font, width)):
+        if given in fields:
+            sheet.paste(enlarged(fields[given]), (x, y))
+        sheet.paste(enlarged(fields[made]), (x + (SIDE + 2) * pair, y))
+        for number, line in enumerate(shortened(plain(str(fields.get(text, ""))), font, width)):
             draw.text((x, y + SIDE + 3 + 16 * number), line, SOFT, font)
     return sheet
 
@@ -74,11 +74,12 @@ def main() -> None:
     parser.add_argument("samples", nargs="+", metavar="TITLE=SAMPLES")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--line", default="", help="a last line, such as a licence")
+    parser.add_argument("--fields", nargs=3, default=["image", "sample.image", "caption"], metavar="FIELD")
     chosen = parser.parse_args()
     parts = []
     for entry in chosen.samples:
         title, _, folder = entry.partition("=")
-        parts.append(section(open_shards(folder), title, chosen.count))
+        parts.append(section(open_shards(folder), title, chosen.count, *chosen.fields))
     foot = 30 if chosen.line else 0
     sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts) + foot), PAPER)
     y = 0
