@@ -493,7 +493,9 @@ class Session:
     def _run_block(self, name: str, batch: Batch, places: Arrangement, values: Tensor, t: float | None) -> Tensor:
         """One uncommitted pass over a block with other values in its port's rows: predictions (rows, ...) of that port."""
         rows = with_values(batch.ports[name], values, t)
-        return self.model.predict(name, self._block_rows(batch, places, name, rows), rows=rows)
+        written = rows.target.nonzero().squeeze(1)  # a given picture of the same port may stand in the block
+        hidden = self._block_rows(batch, places, name, rows).index_select(0, written)
+        return self.model.predict(name, hidden, rows=rows, picked=written)
 
     def _block_rows(self, batch: Batch, places: Arrangement, name: str, rows: PortRows) -> Tensor:
         """The hidden rows (rows, d) of one port in an uncommitted pass over a block that shows these `rows` of it."""
@@ -522,8 +524,11 @@ def split_open(rows: Sequence[Sequence[Segment]], network: str | None) -> tuple[
 
 
 def with_values(rows: PortRows, values: Tensor, t: float | None) -> PortRows:
-    """The same tokens showing other values, at noise level t."""
-    timestep = None if t is None else torch.full((values.shape[0],), t, device=values.device)
+    """The same tokens, those that are written showing other values, at noise level t. What is given stays as it is, and clean."""
+    written = rows.target.nonzero().squeeze(1)
+    if len(written) < len(rows.rows):
+        values = rows.values.index_copy(0, written, values.to(rows.values.dtype))
+    timestep = None if t is None else torch.zeros(len(rows.rows), device=values.device).index_fill(0, written, t)
     return replace(rows, values=values, timestep=timestep)
 
 

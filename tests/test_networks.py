@@ -92,6 +92,13 @@ segments = [
   { port = "plan" },
   { port = "draw", field = "image", role = "target", merge = JOIN },
 ]
+[tasks.edit]
+segments = [
+  { port = "text", text = "{caption}" },
+  { port = "plan" },
+  { port = "draw", field = "source", merge = true, cond_dropout_prob = 0.1 },
+  { port = "draw", field = "image", role = "target", merge = true },
+]
 [tasks.text]
 segments = [{ port = "text", text = "<bos>" }, { port = "text", text = "{caption}<eot>", role = "target" }]
 [[phases]]
@@ -326,3 +333,42 @@ def test_operations_are_counted_in_each_network_by_its_own_tokens() -> None:
 
 def real(layout: Layout) -> Tensor:
     return (layout.sample_id >= 0)[:, :, None]
+
+
+@pytest.mark.parametrize("t", [0.0, 0.7])
+def test_a_given_picture_in_the_block_stays_clean_while_the_other_is_denoised(t: float) -> None:
+    """What is given and what is written are of one port and see each other: rows of both are told apart in every step."""
+    model = MODELS[True]
+    planner = planner_of(model.recipe)
+    samples = [sample_of(n, **{"source.latents": sample_of(n + 10).fields["image.latents"]}) for n in (0, 1, 4)]
+    batch = pack([planner.plan(entry, "edit", None) for entry in samples])
+    rows = batch.ports["draw"]
+    assert len(rows.rows) == 36 and int(rows.target.sum()) == 18
+    rows.timestep = torch.where(rows.target, t, 0.0)
+    with torch.no_grad():
+        language = model.hidden(batch, network="lm").flatten(0, 1)
+        hidden = model.hidden(batch, network="denoiser", others={"lm": language}).flatten(0, 1)
+        out = model.predict("draw", hidden.index_select(0, rows.rows))[rows.target]
+    owner = rows.sample.index_select(0, rows.segment)[rows.target]
+    drops = (frozenset(), frozenset({"source"}))
+    guide = Guide(kind="nested", drops=drops, terms=((1, 2.0),), interval=(0.0, 1.0), renorm="none")
+    rest = planner.prompt(samples[0], "edit")[1]
+    prompts = [
+        Prompt(entry.key, "edit/0", [planner.prompt(entry, "edit", drop=drop)[0] for drop in drops], planner.joined(rest[0]))
+        for entry in samples
+    ]
+    session = Session(model, planner, prompts, guide, 60, 0)
+    run, seen = session._run_block, []
+
+    def spying(name: str, batch: Batch, places: object, values: Tensor, level: float | None) -> Tensor:
+        clean = torch.cat([torch.from_numpy(entry.fields["image.latents"]).flatten(1).T for entry in samples] * 2)
+        seen.append(run(name, batch, places, clean, t))  # type: ignore[arg-type]
+        return seen[-1]
+
+    session._run_block = spying  # type: ignore[method-assign]
+    with torch.no_grad():
+        session.write_picture(rest[0], EulerConfig(num_steps=1), (2, 3), [True] * 3, commit=False)
+    found = seen[0].reshape(2, 3, 6, 5)
+    for place in range(3):
+        torch.testing.assert_close(found[0, place], out[owner == place], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(found[1, place], out[owner == place], atol=1e-3)
