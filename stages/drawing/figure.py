@@ -638,7 +638,7 @@ def table_of(figure: Figure, example: Example) -> tuple[list[DrawnSegment], list
         rows.append(
             [
                 drawn.port,
-                drawn.segment.field,
+                drawn.segment.field or drawn.origin,
                 f"{len(drawn.labels)}" + (f" ({' x '.join(map(str, grid))})" if len(grid) > 1 else ""),
                 drawn.objective or ("predicted" if drawn.is_target else "given"),
                 str(drawn.segment.mask),
