@@ -444,13 +444,22 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    quietly = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # reading must not get in the way of a commit
+    quietly = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # reading must not get in the way of a commit, nor leave a lock when it is killed
     try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        command = [
+            "git",
+            "status",
+            "--porcelain=v2",
+            "--branch",
+            "--untracked-files=no",
+        ]  # `describe --dirty` would take the lock all the same
         answer = subprocess.run(command, cwd=root, env=quietly, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    lines = answer.stdout.splitlines()
+    commit = next((line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")), None)
+    edited = any(not line.startswith("#") for line in lines)
+    return f"{commit}-dirty" if commit and edited else commit
 
 
 def _machine() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
+from stages import run as run_module
 from stages.errors import DataError, GuardError, Preempted, UsageError
 from stages.options import RunOptions
 from stages.run import Run, run_identity
@@ -68,6 +69,24 @@ def test_git_commit_is_that_of_the_checkout_the_code_runs_from(tmp_path: Path) -
         pass
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["git_commit"].removesuffix("-dirty") == head
+
+
+def test_asking_git_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that is held by somebody else is in nobody's way, and none is left behind when a run is killed."""
+    checkout = tmp_path / "checkout"
+    (checkout / "stages").mkdir(parents=True)
+    (checkout / "stages" / "run.py").write_text("here\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=checkout, check=True, capture_output=True)
+    monkeypatch.setattr(run_module, "__file__", str(checkout / "stages" / "run.py"))
+    watched = checkout / ".git" / "index"
+    os.utime(checkout / "stages" / "run.py", (1, 1))  # a time that the index does not know: `git describe --dirty` would write it anew
+    before = watched.read_bytes()
+    clean = run_module._git_commit()
+    assert watched.read_bytes() == before and clean is not None and len(clean) == 40
+    (checkout / "stages" / "run.py").write_text("edited\n")
+    assert run_module._git_commit() == f"{clean}-dirty"
 
 
 def test_shard_runs_keep_their_files_out_of_the_open(tmp_path: Path) -> None:
