@@ -171,9 +171,10 @@ def promotion_table(groups: Mapping[str, Mapping[int, Run]]) -> str:
 
 def verdict(found: Sequence[Difference | None], ps: Sequence[float | None]) -> str:
     """mutual: both gain. trade: one gains what the other loses. one-way: one gains. interference: a loss and no gain."""
-    if any(one is None for one in found):
+    known = [(one, p) for one, p in zip(found, ps, strict=True) if one is not None and p is not None]
+    if len(known) < len(found):
         return "–"
-    signs = [math.copysign(1, one.mean) if p < 0.05 else 0 for one, p in zip(found, ps, strict=True)]  # type: ignore[union-attr, operator]
+    signs = [math.copysign(1, one.mean) if p < 0.05 else 0 for one, p in known]
     gains, losses = signs.count(1), signs.count(-1)
     if gains == 2:
         return "mutual"
