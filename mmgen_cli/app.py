@@ -14,6 +14,7 @@ from mmgen_cli.importing import ImportGroup
 from mmgen_cli.plan import eval_plan, print_plan, sample_plan, tokenize_plan, training_plan
 from mmgen_cli.tables import print_recipes
 from stages.errors import DataError, UsageError
+from stages.terminal import put
 
 HELP = """Composable stages for multi-modal generative models: shards in, shards out.
 
@@ -54,9 +55,9 @@ def _version(wanted: bool) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            print("mmgen", version("mmgen-cli"))
+            put(f"mmgen {version('mmgen-cli')}")
         except PackageNotFoundError:  # run from a checkout that was never installed
-            print("mmgen (not installed)")
+            put("mmgen (not installed)")
         raise typer.Exit
 
 
@@ -66,7 +67,7 @@ def mmgen(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
     if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+        put(ctx.get_help())
 
 
 app.add_typer(
@@ -402,7 +403,7 @@ def recipes(
         return
     shipped = recipe_names().get(name, Path(name))
     text = recipe.to_toml() if size is not None or set else shipped.read_text(encoding="utf-8")
-    print_json({"name": recipe.name, "family": recipe.family, "size": recipe.size, "recipe": text}) if json else print(text, end="")
+    print_json({"name": recipe.name, "family": recipe.family, "size": recipe.size, "recipe": text}) if json else put(text, end="")
 
 
 @app.command("inspect", **_told("What is in these shards or this checkpoint.", "mmgen inspect data/train --key 000000"))
@@ -417,7 +418,7 @@ def inspect(
     from stages.inspect_path import describe
 
     description = describe(str(resolve(path)) if is_model(path) else path, key)
-    print_json(description.data) if json else print(description.text)
+    print_json(description.data) if json else put(description.text)
 
 
 @app.command("verify", **_told("Check shards: every tar, every key, every field.", "mmgen verify data/train"))
@@ -429,6 +430,6 @@ def verify(shards: o.Shards, index: o.Index = False, json: o.Json = False) -> No
     from stages.verify import verify as stage
 
     result = stage(shards, index=index)
-    print_json({"shards": shards, **result.to_dict()}) if json else print(result.text())
+    print_json({"shards": shards, **result.to_dict()}) if json else put(result.text())
     if not result.ok:
         raise typer.Exit(DataError.exit_code)

@@ -22,7 +22,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from stages.errors import MmgenError, UsageError, nearest
+from stages.escape import visible
 from stages.options import RunOptions
+from stages.terminal import put, tell, write_anything
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
@@ -95,6 +97,7 @@ class Door(PlainGroup):
         return ["import", *(name for name in super().list_commands(ctx) if name != "import")]  # a story starts with the data
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
+        write_anything()
         invocation = Invocation(tuple(sys.argv[1:] if args is None else args))
         self._main_shell_completion({}, "mmgen")
 
@@ -114,9 +117,9 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
     except typer.Exit as done:
         return done.exit_code
     except MmgenError as error:
-        return _tell(error.message, error.hint, error.exit_code, invocation)
+        return _tell(error, error.exit_code, invocation)
     except (KeyboardInterrupt, typer.Abort):
-        return _tell("interrupted", "", 130, invocation)
+        return _tell(MmgenError("interrupted"), 130, invocation)
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # so that Python, too, has nowhere left to complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,28 +128,29 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
         if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
             where = f": {error.filename}" if error.filename else ""
             hint = "make room, or name another --out; what is finished is whole, and the same command goes on from there"
-            return _tell(f"{os.strerror(error.errno).lower()}{where}", hint, 1, invocation)
+            return _tell(MmgenError(f"{os.strerror(error.errno).lower()}{where}", hint=hint), 1, invocation)
         if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
             path = error.filename2 or error.filename  # of a rename, where to
-            return _tell(f"{path}: {os.strerror(error.errno).lower()}", "name another path, or change its permissions", 2, invocation)
+            told = MmgenError(f"{path}: {os.strerror(error.errno).lower()}", hint="name another path, or change its permissions")
+            return _tell(told, 2, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
-            return _tell(*_usage_mistake(error), 2, invocation)
-        return _tell(*_our_fault(error), 1, invocation)
+            return _tell(_usage_mistake(error), 2, invocation)
+        return _tell(_our_fault(error), 1, invocation)
 
 
-def _tell(message: str, hint: str, exit_code: int, invocation: Invocation) -> int:
+def _tell(error: MmgenError, exit_code: int, invocation: Invocation) -> int:
     if invocation.wants_json:
         with contextlib.suppress(BrokenPipeError):
-            print_json({"status": "failed", "exit_code": exit_code, "error": message, "hint": hint})
+            print_json({"status": "failed", "exit_code": exit_code, "error": error.message, "hint": error.hint})
             sys.stdout.flush()
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = typer.style("error:", fg="red", bold=True) if colour else "error:"
-    print(f"{label} {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr, flush=True)
+    tell(error.message + (f"\nhint: {error.hint}" if error.hint else ""), label=f"{label} ")
     return exit_code
 
 
-def _usage_mistake(error: Any) -> tuple[str, str]:
-    """Message and hint for a mistake the parser found."""
+def _usage_mistake(error: Any) -> MmgenError:
+    """A mistake the parser found, in our words."""
     ctx = getattr(error, "ctx", None)
     see = f"`{ctx.command_path} --help` shows what it takes" if ctx else ""
     option = getattr(error, "option_name", None)
@@ -155,21 +159,24 @@ def _usage_mistake(error: Any) -> tuple[str, str]:
             flag for parameter in ctx.command.get_params(ctx) for flag in (*parameter.opts, *parameter.secondary_opts) if flag[0] == "-"
         ]
         close = nearest(str(option), flags)
-        return f"{ctx.command_path} has no option {option}", close if close.startswith("did you mean") else see
-    message = str(error.format_message()).rstrip(".")
-    return message[:1].lower() + message[1:], see
+        hint = close if close.startswith("did you mean") else see
+        return MmgenError(f"{ctx.command_path} has no option {option}", hint=hint)
+    message = " ".join(str(error.format_message()).split()).rstrip(".")
+    return MmgenError(message[:1].lower() + message[1:], hint=see)
 
 
-def _our_fault(error: Exception) -> tuple[str, str]:
-    """Message and hint for an exception nobody foresaw; the traceback goes to a file, or to stderr with MMGEN_TRACEBACK=1."""
+def _our_fault(error: Exception) -> MmgenError:
+    """What to say of an exception nobody foresaw; the traceback goes to a file, or to stderr with MMGEN_TRACEBACK=1."""
     text = "".join(traceback.format_exception(error))
     message = f"unexpected {type(error).__name__}: {error}"
     if os.environ.get("MMGEN_TRACEBACK"):
-        print(text, file=sys.stderr)
-        return message, ""
-    with tempfile.NamedTemporaryFile("w", prefix="mmgen-traceback-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        tell(text)
+        return MmgenError(message)
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="mmgen-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
         file.write(text)
-    return message, f"this is a fault of mmgen; the traceback is in {file.name} (MMGEN_TRACEBACK=1 prints it)"
+    return MmgenError(message, hint=f"this is a fault of mmgen; the traceback is in {file.name} (MMGEN_TRACEBACK=1 prints it)")
 
 
 def _write_epilog(epilog: str | None, formatter: Any) -> None:
@@ -212,7 +219,7 @@ def give(out: Path | str, *, as_json: bool, **more: object) -> None:
         status = read_status(Path(out))
         print_json({"out": str(out), "status": status.pop("state", "done"), **status, **more})
     else:
-        print(out)
+        put(visible(str(out)))
 
 
 def give_checkpoint(folder: Path, *, push: str | None, as_json: bool) -> None:
@@ -224,12 +231,15 @@ def give_checkpoint(folder: Path, *, push: str | None, as_json: bool) -> None:
 
     address = upload(folder, push)
     give(folder, as_json=as_json, pushed=address)
-    print(f"pushed to {address}", file=sys.stderr)
+    tell(f"pushed to {address}")
 
 
 def print_json(value: object) -> None:
-    """One JSON value on stdout."""
-    print(json.dumps(value))
+    """One JSON value on stdout, in ASCII. JSON has no word for a number that is not finite: it becomes null."""
+    try:
+        put(json.dumps(value, allow_nan=False))
+    except ValueError:
+        put(json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None)))
 
 
 class _BytesOnly(io.TextIOBase):

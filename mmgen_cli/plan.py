@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgen_cli.door import print_json, read_status
+from stages.escape import lines_of
 from stages.options import RunOptions
+from stages.terminal import put
 
 if TYPE_CHECKING:
     from stages.recipe import Recipe, Stage
@@ -70,9 +72,9 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     elif "resolved_recipe" in plan:
         from stages.plan_run import plan_text
 
-        print(plan_text(plan))
+        put(plan_text(plan))
     else:
-        print("\n".join(_lines(plan)))
+        put(lines_of(_lines(plan)))
 
 
 def _lines(value: Mapping[str, Any], indent: str = "") -> list[str]:

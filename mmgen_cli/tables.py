@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmgen_cli.door import print_json
+from stages.escape import visible
+from stages.terminal import put
 
 RUNGS = {True: "yes", False: "no", None: "-"}
 LEGEND = """
@@ -20,8 +22,8 @@ def print_recipes(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     lines = [header, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(LEGEND)
+        put(visible("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+    put(LEGEND)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

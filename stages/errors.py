@@ -3,18 +3,26 @@
 import difflib
 from collections.abc import Iterable
 
+from stages.escape import visible
+
 SHOWN = 16  # choices listed in an error message
 
 
 class MmgenError(Exception):
-    """An error that is explained in one screen, without a traceback. `exit_code` follows the table in `mmgen --help`."""
+    """An error that is explained in one screen, without a traceback. `exit_code` follows the table in `mmgen --help`.
+
+    `message` is one line, whatever the names and values it quotes hold; `details` are lines of their own, indented, below it.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", details: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint  # the next command, or the nearest valid choice
+        self.message = "\n  ".join([visible(message), *map(visible, details)])
+        self.hint = visible(hint)  # the next command, or the nearest valid choice
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UsageError(MmgenError):

@@ -28,6 +28,7 @@ from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, split_folders
 from stages.errors import DataError, UsageError
+from stages.escape import json_text
 from stages.files import write_atomic
 from stages.hub import resolve
 from stages.metrics import METRICS
@@ -99,7 +100,7 @@ def evaluate(
             rows += score_part(part, setting, field_map, options, run)
         if not rows:
             raise nothing_to_score(parts[0].samples)
-        write_atomic(out / "results.json", json.dumps({"inputs": inputs, "results": rows}, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(out / "results.json", json_text({"inputs": inputs, "results": rows}, indent=1) + "\n")
         for line in table(rows):
             run.say(line)
         run.finish("done", f"{sum(row['control'] is None for row in rows)} numbers in {out / 'results.json'}")

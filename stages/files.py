@@ -13,9 +13,12 @@ TOKENIZER_FILES = ("model.safetensors", "config.json", "recipe.toml", "README.md
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Make `path` hold exactly `content` (text as UTF-8), or leave it as it was. Missing parent folders are made."""
+    """Make `path` hold exactly `content` (text as UTF-8), or leave it as it was. Missing parent folders are made.
+
+    Half a surrogate pair, which a name that is no UTF-8 brings along, is written as `\\udc80`, as JSON writes it.
+    """
     with open_atomic(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager

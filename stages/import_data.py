@@ -6,7 +6,6 @@ The importer (`stages.data.importers`) reads, this stage writes. What is wrong w
 """
 
 import inspect
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from stages.data.index import META, read_index
 from stages.data.sample import Sample
 from stages.data.shards import ON_BAD_SAMPLE, ShardWriter, finished_set, stream_shards
 from stages.errors import DataError, UsageError, nearest
+from stages.escape import code_span, json_text, markdown, yaml_text
 from stages.files import write_atomic
 from stages.options import RunOptions
 from stages.run import Run
@@ -121,7 +121,7 @@ def _write_split(run: Run, split: str, samples: Iterable[Sample | BadFile], orig
                 run.status(step=writer.num_written, of=options.limit, message=split)
             _check_bad(split, writer.num_written, bad, options)
             if bad:
-                lines = (json.dumps({"path": entry.path, "reason": entry.reason}) for entry in bad)
+                lines = (json_text({"path": entry.path, "reason": entry.reason}) for entry in bad)
                 write_atomic(bad_path, "".join(line + "\n" for line in lines))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # nothing incomplete stays in the open
@@ -134,28 +134,27 @@ def _write_split(run: Run, split: str, samples: Iterable[Sample | BadFile], orig
 def _check_bad(split: str, kept: int, bad: list[BadFile], options: RunOptions) -> None:
     total = kept + len(bad)
     if len(bad) > options.max_bad_fraction * total or not kept:
-        reasons = "\n".join(f"  {entry}" for entry in bad[:5])
         raise DataError(
-            f"{split}: {len(bad)} of {total} samples are bad, at most {options.max_bad_fraction:.2%} may be"
-            + (f":\n{reasons}" if bad else ""),
+            f"{split}: {len(bad)} of {total} samples are bad, at most {options.max_bad_fraction:.2%} may be" + (":" if bad else ""),
+            details=map(str, bad[:5]),
             hint="--max-bad-fraction accepts more" if kept else "",
         )
 
 
 def _readme(title: str, raw: RawData, written: Mapping[str, Written], options: RunOptions) -> str:
     """The data card. Its front matter tells `datasets` which files are which split: left alone it drops names it does not know."""
-    splits = "\n".join(f"  - split: {split}\n    path: {split}/*.tar" for split in written)
-    rows = "\n".join(f"| {split} | {result.kept} |" for split, result in written.items())
-    fields = ", ".join(f"`{name}`" for name in next(iter(written.values())).fields)
+    splits = "\n".join(f"  - split: {yaml_text(split)}\n    path: {yaml_text(f'{split}/*.tar')}" for split in written)
+    rows = "\n".join(f"| {markdown(split)} | {result.kept} |" for split, result in written.items())
+    fields = ", ".join(code_span(name) for name in next(iter(written.values())).fields)
     return f"""---
-license: {raw.licence}
+license: {yaml_text(raw.licence)}
 configs:
 - config_name: default
   data_files:
 {splits}
 ---
 
-# {title}
+# {markdown(title)}
 
 {raw.notes}
 
@@ -165,6 +164,6 @@ configs:
 
 Fields: {fields}.
 
-Written by `{" ".join(options.command) or "mmgen import"}`; where every sample comes from stands in `.mmgen/` of each split.
-Load with `datasets.load_dataset("{title}")`, or each split with `webdataset` from its tars.
+Written by {code_span(" ".join(options.command) or "mmgen import")}; where every sample comes from stands in `.mmgen/` of each split.
+Load with {code_span(f'datasets.load_dataset("{title}")')}, or each split with `webdataset` from its tars.
 """

@@ -10,6 +10,7 @@ from stages.data.locate import split_folders
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
 from stages.errors import UsageError
+from stages.escape import lines_of, visible
 
 _MAX_TEXT = 400
 
@@ -33,11 +34,11 @@ def describe(path: str, key: str | None = None) -> Description:
         from stages.training.checkpoint import describe_checkpoint
 
         data = {"kind": "checkpoint", **describe_checkpoint(folder)}
-        return Description(data, "\n".join(_lines(data)))
+        return Description(data, lines_of(_lines(data)))
     splits = split_folders(path) if key is None else {}
     if splits:
         parts = {split: _describe_shards(open_shards(part)) for split, part in splits.items()}
-        text = "\n\n".join(f"[{split}]\n{part.text}" for split, part in parts.items())
+        text = "\n\n".join(f"[{visible(split)}]\n{part.text}" for split, part in parts.items())
         return Description({"kind": "splits", "splits": {split: part.data for split, part in parts.items()}}, text)
     if key is None:
         return _describe_shards(_open(path))
@@ -94,12 +95,12 @@ def _describe_shards(shards: Shards) -> Description:
         lines.append(f"left out    {len(shards.bad)} bad samples, first {shards.bad[0]}")
     for suffix, count in shards.unread.items():
         lines.append(f"not read    {count} members ending in .{suffix}")
-    return Description(data, "\n".join([*lines, "", *_sample_lines(data["first"])]))
+    return Description(data, lines_of([*lines, "", *_sample_lines(data["first"])]))
 
 
 def _describe_sample(shards: Shards, position: int) -> Description:
     data = {"kind": "sample", **_summary(shards, position, whole=True)}
-    return Description(data, "\n".join(_sample_lines(data)))
+    return Description(data, lines_of(_sample_lines(data)))
 
 
 def _summary(shards: Shards, position: int, *, whole: bool = False) -> dict[str, Any]:

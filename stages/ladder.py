@@ -32,6 +32,7 @@ from stages.anatomy import count_words, model_size
 from stages.errors import MmgenError, UsageError, nearest
 from stages.files import write_atomic
 from stages.recipe import RECIPES, SIZES, Recipe, Stage, load_recipe, recipe_names
+from stages.terminal import put, tell
 
 RUNGS = ("described", "sized", "learns", "agrees", "works")
 LADDER = RECIPES / "ladder.json"
@@ -376,11 +377,11 @@ def main(arguments: list[str] | None = None) -> int:
             return code
     else:
         for gone in drop_stale():
-            print(f"no longer holds: {gone}", file=sys.stderr)
+            tell(f"no longer holds: {gone}")
     readme = chosen.readme or ROOT / "README.md"
     if chosen.readme is not None or readme.is_file():
         write_readme(readme)
-    print(markdown(table()))
+    put(markdown(table()))
     return code
 
 
@@ -388,5 +389,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except MmgenError as problem:
-        print(f"{problem.message}\n{problem.hint}".rstrip(), file=sys.stderr)
+        tell(f"{problem.message}\n{problem.hint}".rstrip())
         sys.exit(problem.exit_code)

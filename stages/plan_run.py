@@ -15,6 +15,7 @@ from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.drawing.example import Example, laid_open
 from stages.errors import MmgenError
+from stages.escape import lines_of
 from stages.flops import FlopCounter
 from stages.footprint import footprint
 from stages.hub import is_model
@@ -307,7 +308,7 @@ def plan_text(plan: Plan) -> str:
         lines += ["", f"task {task}, sample {first['key']}: {first['tokens']} tokens", *aligned(table, right={2})]
     for phase in plan["phases"]:
         lines += ["", *phase_lines(phase)]
-    return "\n".join([*lines, "", "resolved recipe:", "", plan["resolved_recipe"].rstrip()])
+    return lines_of([*lines, "", "resolved recipe:", "", *plan["resolved_recipe"].rstrip().split("\n")])
 
 
 def trained_words(part: Plan, phase: str) -> str:

@@ -4,6 +4,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from stages.escape import visible
+from stages.terminal import tell
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -26,19 +29,19 @@ class Progress:
             return
         if self.on_terminal:
             bar = self._bar or self._open_bar()
-            bar.update(bar.task_ids[0], completed=step, total=of, message=message)
+            bar.update(bar.task_ids[0], completed=step, total=of, message=visible(message))
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"{self.stage}: {step}" + (f"/{of}" if of else "") + (f"  {message}" if message else ""))
 
     def say(self, message: str) -> None:
-        """One whole line; above the bar if there is one."""
+        """One whole line, whatever the message holds; above the bar if there is one."""
         if self.quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(visible(message), markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
-            print(message, file=sys.stderr, flush=True)
+            tell(visible(message))
 
     def close(self) -> None:
         """Takes the bar away. Saying something afterwards is fine."""

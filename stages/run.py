@@ -105,16 +105,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
             try:
                 self._claim()
             except UsageError as error:
-                verdict["error"] = (error.message, error.hint)
+                verdict["error"] = error
             except OSError as error:
-                verdict["error"] = (f"--out {self.out} cannot be written: {error.strerror}", "name another folder with --out")
+                verdict["error"] = UsageError(
+                    f"--out {self.out} cannot be written: {error.strerror}", hint="name another folder with --out"
+                )
         verdict |= {"resuming": self.resuming, "complete": self.complete}
         verdict = _shared_by_ranks(verdict)
         self.resuming, self.complete = verdict["resuming"], verdict["complete"]
         if "error" in verdict:
             self._release()
-            message, hint = verdict["error"]
-            raise UsageError(message, hint=hint)
+            raise verdict["error"]
         if not self.complete:
             self._catch_signals()
             if self.resuming:
@@ -216,7 +217,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             differing = _differences(before.get("identity", {}), self.identity)
             if differing:
                 raise UsageError(
-                    f"--out {self.out} holds another run:\n" + "\n".join(f"  {line}" for line in differing),
+                    f"--out {self.out} holds another run:",
+                    details=differing,
                     hint="name a new folder with --out, or start again with --overwrite",
                 )
             self.complete = ended.get("state") == "done"

@@ -23,6 +23,8 @@ from stages.data.shards import Shards, ShardWriter, open_shards, stream_shards
 from stages.data.stream import spool_folder
 from stages.decoding import Prompt, Session, prepare
 from stages.errors import DataError, RecipeError, UsageError, nearest
+from stages.escape import file_name
+from stages.files import write_atomic
 from stages.hub import resolve
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
@@ -540,10 +542,13 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
 
 
 def save_pictures(entry: Sample, folder: Path) -> None:
-    """The pictures of one output sample as ordinary files."""
+    """The pictures and texts of one output sample as ordinary files, side by side in one folder whatever the key is."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in entry.fields.items():
-        if name.startswith("sample.") and isinstance(value, np.ndarray) and value.ndim == 3:
-            Image.fromarray(value).save(folder / f"{entry.key}.{name.removeprefix('sample.')}.png")
-        elif name.startswith("sample.") and isinstance(value, str):
-            (folder / f"{entry.key}.{name.removeprefix('sample.')}.txt").write_text(value + "\n", encoding="utf-8")
+        if not name.startswith("sample."):
+            continue
+        path = folder / file_name(f"{entry.key}.{name.removeprefix('sample.')}")
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
+            Image.fromarray(value).save(path.with_name(path.name + ".png"))
+        elif isinstance(value, str):
+            write_atomic(path.with_name(path.name + ".txt"), value + "\n")

@@ -24,6 +24,7 @@ from stages.data.sample import IMAGE_FORMATS, Sample
 from stages.data.shards import Shards, ShardWriter, finished_set, open_shards, split_folders, stream_shards
 from stages.data.stream import spool_folder
 from stages.errors import DataError, UsageError
+from stages.escape import code_span, markdown, yaml_text
 from stages.files import write_atomic
 from stages.metrics.psnr import psnr
 from stages.options import RunOptions
@@ -299,23 +300,23 @@ def _readme(title: str, opened: Mapping[str, Shards], counts: Mapping[str, int],
     """The data card, with the splits as `datasets` reads them from it."""
     first = next(iter(opened.values()))
     licence = first.provenance.get("licence")
-    files = "\n".join(f"  - split: {split}\n    path: {split}/*.tar" for split in counts)
-    rows = "\n".join(f"| {split} | {count} |" for split, count in counts.items())
+    files = "\n".join(f"  - split: {yaml_text(split)}\n    path: {yaml_text(f'{split}/*.tar')}" for split in counts)
+    rows = "\n".join(f"| {markdown(split)} | {count} |" for split, count in counts.items())
     wrote = "\n".join(
-        f"- `{output}` from `{field}` by `{tokenizer.travelling_name}`"
+        f"- {code_span(output)} from {code_span(field)} by {code_span(tokenizer.travelling_name)}"
         for output, (tokenizer, field) in plan_outputs(loaded, first).items()
     )
     return f"""---
-{f"license: {licence}" if licence else "tags: [mmgen]"}
+{f"license: {yaml_text(licence)}" if licence else "tags: [mmgen]"}
 configs:
 - config_name: default
   data_files:
 {files}
 ---
 
-# {title}
+# {markdown(title)}
 
-The shards `{Path(first.spec).parent}` with what tokenizers made of them:
+The shards {code_span(str(Path(first.spec).parent))} with what tokenizers made of them:
 
 {wrote}
 
@@ -323,5 +324,5 @@ The shards `{Path(first.spec).parent}` with what tokenizers made of them:
 |---|---|
 {rows}
 
-Written by `{" ".join(options.command) or "mmgen tokenize"}`; the tokenizers are in `.mmgen/tokenizers/` of each split.
+Written by {code_span(" ".join(options.command) or "mmgen tokenize")}; the tokenizers are in `.mmgen/tokenizers/` of each split.
 """

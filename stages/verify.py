@@ -21,6 +21,7 @@ from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_
 from stages.data.stream import spool_folder
 from stages.data.tar_format import walk
 from stages.errors import MmgenError
+from stages.escape import lines_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Verification:
             lines.append(f"note: {count} members end in .{suffix}, which mmgen does not read{pickled}")
         lines += [f"wrote {path}" for path in self.written]
         result = "all well" if self.ok else f"{len(self.findings)} findings"
-        return "\n".join([*lines, f"{self.samples:,} good samples in {self.tars:,} tars, {self.bytes:,} bytes: {result}"])
+        return lines_of([*lines, f"{self.samples:,} good samples in {self.tars:,} tars, {self.bytes:,} bytes: {result}"])
 
 
 def verify(spec: str, *, index: bool = False) -> Verification:

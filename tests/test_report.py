@@ -209,7 +209,7 @@ def test_the_speed_of_a_tokenizer_is_a_table_of_its_own(tmp_path):
 def test_the_verdicts_agree_with_the_score(project, html):
     """Counted over all samples, the ticks on the cards are the numerator of the object accuracy."""
     made = look_through(read_folders([project / "samples"])[0], limit=100)
-    ticks_drawn = sum(verdict(fields["sample.image"], fields["scene"]).count("✓") for fields in made.drawn)
+    ticks_drawn = sum(verdict(fields["sample.image"], Scene.from_json(fields["scene"])).count("✓") for fields in made.drawn)
     rows = json.loads((project / "scores" / "results.json").read_text())["results"]
     objects = next(row for row in rows if (row["metric"], row["category"], row["control"]) == ("scene-accuracy", "objects", None))
     assert ticks_drawn == round(objects["value"] * objects["n"])

@@ -32,6 +32,7 @@ from stages.data.sample import Encoded, Sample, check_key, decode_value, encode_
 from stages.data.stream import stream_shards
 from stages.data.tar_format import END_OF_ARCHIVE, Walk, member_bytes, walk
 from stages.errors import DataError, UsageError, nearest
+from stages.escape import json_text
 from stages.files import copy_tokenizer, sync, sync_folder, write_atomic
 
 __all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards"]
@@ -641,7 +642,7 @@ class Shards:
         kept = len(self) - len(self._bad_rows)
         if not self.bad:
             return f"kept {kept}, skipped 0"
-        lines = [json.dumps(bad.to_dict(), ensure_ascii=False) + "\n" for bad in self.bad]
+        lines = [json_text(bad.to_dict()) + "\n" for bad in self.bad]
         write_atomic(meta / "bad_samples.jsonl", "".join(lines))
         if self.on_bad_sample == "quarantine":
             pieces = []
@@ -820,9 +821,9 @@ class Shards:
             raise BadSampleError(self.bad[0])
         total = len(self) + len(self.bad) - len(self._bad_rows)
         if len(self.bad) > self.max_bad_fraction * total:
-            reasons = "\n".join(f"  {bad}" for bad in self.bad[:3])
             raise DataError(
-                f"{self.spec}: {len(self.bad)} of {total} samples are bad, at most {self.max_bad_fraction:.2%} may be:\n{reasons}",
+                f"{self.spec}: {len(self.bad)} of {total} samples are bad, at most {self.max_bad_fraction:.2%} may be:",
+                details=map(str, self.bad[:3]),
                 hint="mmgen verify lists them all; --max-bad-fraction accepts more",
             )
 

@@ -40,7 +40,7 @@ def stream_shards(folder: Path, file: BinaryIO) -> None:
     files = [[path.relative_to(folder / META).as_posix(), path.stat().st_size] for path in travellers]
     description = {**index.to_dict(), "stream": {"bodies": bodies, "files": files}}
 
-    file.write(member_bytes(INDEX_MEMBER, json.dumps(description, ensure_ascii=False).encode()))
+    file.write(member_bytes(INDEX_MEMBER, json.dumps(description, ensure_ascii=False).encode("utf-8", "backslashreplace")))
     total = sum(path.stat().st_size for path in travellers)
     file.write(member_header(FILES_MEMBER, total))
     for path in travellers:

@@ -31,6 +31,7 @@ from stages.drawing.svg import (
     width_of,
     wrap,
 )
+from stages.escape import Markup
 from stages.model import covers
 from stages.parts.objectives import ContrastiveConfig
 from stages.recipe import Phase, Recipe
@@ -42,7 +43,7 @@ GAP, BLOCK_GAP = 9.0, 20.0
 BOX_PITCH = 34.0  # from the top of an encoder or connector to the top of the next
 MATRIX_SIDE, MATRIX_CELL = 400.0, (7.0, 13.0)  # of a whole mask, and of one cell at least and at most
 
-Drawn = tuple[list[str], float]  # elements, and the height they take
+Drawn = tuple[list[Markup], float]  # elements, and the height they take
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ class Figure:
         own = {name: count for name, count in self.weights.items() if covers(address, name)}
         return sum(count for name, count in own.items() if learns(phase, name)) / sum(own.values()) if own else None
 
-    def mark(self, address: str, phase: Phase | None, x: float, y: float) -> str:
+    def mark(self, address: str, phase: Phase | None, x: float, y: float) -> Markup:
         """A flame or a snowflake at (x, y), or nothing for what has no weights."""
         share = self.share(address, phase) if phase is not None else None
-        return "" if share is None else flame(x, y) if share else snowflake(x, y)
+        return Markup() if share is None else flame(x, y) if share else snowflake(x, y)
 
 
-def draw_recipe(recipe: Recipe) -> str:
+def draw_recipe(recipe: Recipe) -> Markup:
     """The whole drawing as one SVG element of 1200 units width."""
     weights = weights_of(recipe)
     prefix = "mmd-" + hashlib.sha256(recipe.to_toml().encode()).hexdigest()[:8]
@@ -102,16 +103,18 @@ def draw_recipe(recipe: Recipe) -> str:
     told = f"{recipe.name}: tasks {', '.join(recipe.tasks) or 'none'}; parts {', '.join(part.address for part in figure.parts)}"
     return el(
         "svg",
-        el("title", f"The recipe {recipe.name}") + el("desc", told) + el("style", STYLE) + el("defs", grain(figure))
-        + rect(0, 0, WIDTH, y, "paper") + "".join(content),
+        [
+            el("title", f"The recipe {recipe.name}"), el("desc", told), el("style", Markup(STYLE)), el("defs", grain(figure)),
+            rect(0, 0, WIDTH, y, "paper"), *content,
+        ],
         xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {WIDTH} {number(y)}", role="img", class_="mmd",
     )  # fmt: skip
 
 
-def grain(figure: Figure) -> str:
+def grain(figure: Figure) -> list[Markup]:
     """A dotted fill in the colour of each port that denoises."""
     dots = ((1.5, 1.6, 0.9), (4.4, 3.4, 0.8), (2.4, 5.0, 0.7), (5.6, 0.6, 0.6), (0.4, 3.6, 0.6))
-    return "".join(
+    return [
         el(
             "pattern",
             group([el("circle", cx=x, cy=y, r=r, class_="mmd-grain") for x, y, r in dots], class_=f"mmd-{figure.port_colour(name)}"),
@@ -119,7 +122,7 @@ def grain(figure: Figure) -> str:
         )
         for name, port in figure.recipe.ports.items()
         if port.objective is not None and port.objective.kind == "denoise"
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 # --- header -----------------------------------------------------------------------------------------------------------------------
@@ -155,10 +158,10 @@ def legend_rows(figure: Figure, examples: Sequence[Example]) -> Drawn:
     first = next((name for name, port in figure.recipe.ports.items() if port.objective is not None), next(iter(figure.recipe.ports), ""))
     tone = figure.port_colour(first) if first else "p0"
 
-    def toned(kind: str, *, fill: str = "") -> str:
+    def toned(kind: str, *, fill: str = "") -> Markup:
         return el("rect", x=0, y=0, width=14, height=14, rx=3, class_=f"mmd-{kind} mmd-{tone}", fill=fill)
 
-    entries: list[tuple[list[str], float, str]] = []
+    entries: list[tuple[list[Markup], float, str]] = []
     if examples:
         entries.append(([toned("given")], 14, "given"))
     if kinds & {"next-token", "next-feature"}:
@@ -189,7 +192,7 @@ def legend_rows(figure: Figure, examples: Sequence[Example]) -> Drawn:
     return content, y + 16 if entries else 0.0
 
 
-def chevron(x: float, y: float, tone: str) -> str:
+def chevron(x: float, y: float, tone: str) -> Markup:
     """ "The token on the left predicts the one on the right"; centred at (x, y)."""
     return path(f"M{number(x - 1.8)} {number(y - 4)}l3.6 4l-3.6 4", f"chevron {tone}")
 
@@ -359,7 +362,7 @@ def flow_line(figure: Figure, example: Example, line: Sequence[Column], phase: P
     y_port = y_cells + tallest + 16
     y_bracket = y_port + BOX_PITCH * deepest + 30
     height = y_bracket + (20 if inside else 0)
-    content: list[str] = []
+    content: list[Markup] = []
     spots: list[tuple[Column, float]] = []
     x = 0.0
     for place, column in enumerate(line):
@@ -415,7 +418,7 @@ def lane_words(figure: Figure, example: Example) -> float:
 
 def lanes_drawn(
     figure: Figure, example: Example, spots: Sequence[tuple[Column, float]], y: float, height: float, phase: Phase | None
-) -> list[str]:
+) -> list[Markup]:
     """The network over its segments: one bar, or a lane for each expert, busy where its tokens are."""
     inside = [(column, left) for column, left in spots if column.drawn.in_table]
     begin, end = inside[0][1], inside[-1][1] + inside[-1][0].width
@@ -445,7 +448,7 @@ def lanes_drawn(
     return content
 
 
-def cells_drawn(figure: Figure, drawn: DrawnSegment, begin: int, end: int) -> list[str]:
+def cells_drawn(figure: Figure, drawn: DrawnSegment, begin: int, end: int) -> list[Markup]:
     """The tokens of a segment from (0, 0): words in pills, a picture as its grid."""
     noise = f"url(#{figure.prefix}-{list(figure.recipe.ports).index(drawn.port)})"
     tone = figure.port_colour(drawn.port)
@@ -482,9 +485,9 @@ def cells_drawn(figure: Figure, drawn: DrawnSegment, begin: int, end: int) -> li
     return content
 
 
-def brackets(spots: Sequence[tuple[Column, float]], y: float) -> list[str]:
+def brackets(spots: Sequence[tuple[Column, float]], y: float) -> list[Markup]:
     """A line under each attention block, named by its mask kind."""
-    content: list[str] = []
+    content: list[Markup] = []
     run: list[tuple[Column, float]] = []
     for place, (column, left) in enumerate(spots):
         if not column.drawn.in_table:
@@ -504,7 +507,7 @@ def brackets(spots: Sequence[tuple[Column, float]], y: float) -> list[str]:
 def tower_line(figure: Figure, example: Example, spots: Sequence[tuple[Column, float]], tallest: float, phase: Phase | None) -> Drawn:
     """Segments outside any sequence: each through its own part, then the objective that compares or judges them."""
     recipe = figure.recipe
-    content: list[str] = []
+    content: list[Markup] = []
     objectives = [name for name in example.objectives if name in recipe.objectives]
     words = [f"{name}: {objective_words(recipe, name)}" for name in objectives]
     span = max([spots[-1][1] + spots[-1][0].width, *(width_of(line, 12) + 52 for line in words), 260.0])
@@ -550,7 +553,7 @@ def objective_words(recipe: Recipe, name: str) -> str:
     return f"{config.kind}" + (f" ({held})" if held else "")
 
 
-def pairs_drawn(figure: Figure, spots: Sequence[tuple[Column, float]], x: float, height: float) -> list[str]:
+def pairs_drawn(figure: Figure, spots: Sequence[tuple[Column, float]], x: float, height: float) -> list[Markup]:
     """What a contrastive objective compares: every row of one side with every row of the other; pairs lie on the diagonal."""
     size, n = 22.0, 5
     first, second = (spots[place][0].drawn.port for place in (0, 1))
@@ -569,7 +572,7 @@ def pairs_drawn(figure: Figure, spots: Sequence[tuple[Column, float]], x: float,
 # --- mask and table ---------------------------------------------------------------------------------------------------------------
 
 
-def mask_grid(figure: Figure, example: Example) -> tuple[list[str], float, float]:
+def mask_grid(figure: Figure, example: Example) -> tuple[list[Markup], float, float]:
     """May_attend of the example: rows look, columns are looked at. Returns elements, width and height.
 
     Cells are drawn in units of one token (a run of visible cells is one rectangle of a path), so the file holds the mask exactly.
@@ -754,7 +757,7 @@ def phase_words(phase: Phase) -> list[str]:
     return [phase.name, phase.stage, f"{phase.steps:,} steps"]
 
 
-def phase_cell(part: Part, phase: Phase, x: float, y: float) -> list[str]:
+def phase_cell(part: Part, phase: Phase, x: float, y: float) -> list[Markup]:
     """A flame, a snowflake, a share of a part, or nothing where the phase does not hold it."""
     if phase.name not in part.trained:
         return []

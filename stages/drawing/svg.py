@@ -5,8 +5,9 @@ inline in any page without either one changing the other. Light and dark follow 
 """
 
 from collections.abc import Iterable
-from html import escape
 from typing import Literal
+
+from stages.escape import Child, Markup, markup_text, render
 
 NARROW, WIDE = frozenset("iljtfrI.,:;'|! ()[]-/·"), frozenset("mwMW%@—→<>+=~“”")
 Font = Literal["sans", "mono", "bold"]
@@ -78,36 +79,37 @@ def number(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def el(name: str, content: str = "", /, **attributes: float | str) -> str:
-    """One element. Attribute names are Python's: `data_task` is data-task, `class_` is class."""
+def el(name: str, content: Child = None, /, **attributes: float | str) -> Markup:
+    """One element; content that is no Markup is escaped. Attribute names are Python's: `data_task` is data-task, `class_` is class."""
     pairs = (
-        (key.rstrip("_").replace("_", "-"), number(value) if isinstance(value, int | float) else escape(value))
+        (key.rstrip("_").replace("_", "-"), number(value) if isinstance(value, int | float) else markup_text(value))
         for key, value in attributes.items()
         if value != ""
     )
     opened = name + "".join(f' {key}="{value}"' for key, value in pairs)
-    return f"<{opened}>{content}</{name}>" if content else f"<{opened}/>"
+    inside = render(content)
+    return Markup(f"<{opened}>{inside}</{name}>" if inside else f"<{opened}/>")
 
 
-def text(x: float, y: float, words: str, kind: str = "", size: float = 12) -> str:
+def text(x: float, y: float, words: str, kind: str = "", size: float = 12) -> Markup:
     """A line whose baseline starts at (x, y); `kind`: classes without their prefix."""
-    return el("text", escape(words), x=x, y=y, font_size=size, class_=classes(kind))
+    return el("text", words, x=x, y=y, font_size=size, class_=classes(kind))
 
 
-def rect(x: float, y: float, w: float, h: float, kind: str, r: float = 0, title: str = "") -> str:
+def rect(x: float, y: float, w: float, h: float, kind: str, r: float = 0, title: str = "") -> Markup:
     """A rectangle with rounded corners and, if asked for, a tooltip."""
-    return el("rect", el("title", escape(title)) if title else "", x=x, y=y, width=w, height=h, rx=r, class_=classes(kind))
+    return el("rect", el("title", title) if title else None, x=x, y=y, width=w, height=h, rx=r, class_=classes(kind))
 
 
-def path(d: str, kind: str, **more: float | str) -> str:
+def path(d: str, kind: str, **more: float | str) -> Markup:
     return el("path", d=d, class_=classes(kind), **more)
 
 
-def group(content: Iterable[str], **attributes: float | str) -> str:
-    return el("g", "".join(content), **attributes)
+def group(content: Iterable[Child], **attributes: float | str) -> Markup:
+    return el("g", content, **attributes)
 
 
-def moved(content: Iterable[str], x: float, y: float, kind: str = "") -> str:
+def moved(content: Iterable[Child], x: float, y: float, kind: str = "") -> Markup:
     """The same, somewhere else."""
     return group(content, transform=f"translate({number(x)} {number(y)})", class_=classes(kind))
 
@@ -116,18 +118,18 @@ def classes(kind: str) -> str:
     return " ".join(f"mmd-{word}" for word in kind.split())
 
 
-def up(x: float, bottom: float, top: float) -> str:
+def up(x: float, bottom: float, top: float) -> Markup:
     """A small arrow from below to above."""
     return path(f"M{number(x)} {number(bottom)}V{number(top + 1)}m-3 3.5l3 -3.5l3 3.5", "arrow")
 
 
-def flame(x: float, y: float, size: float = 13) -> str:
+def flame(x: float, y: float, size: float = 13) -> Markup:
     """Learns. (x, y): top left."""
     shape = "M8 1C9 4 12.6 5.8 12.6 10a4.6 4.9 0 0 1-9.2 0C3.4 7.6 4.8 6.6 5.2 4.6 6.4 5.2 7 6 7.2 7 8.2 5.4 8.4 3.2 8 1Z"
     return moved([path(shape, "flame", transform=f"scale({number(size / 15)})")], x, y)
 
 
-def snowflake(x: float, y: float, size: float = 13) -> str:
+def snowflake(x: float, y: float, size: float = 13) -> Markup:
     """Frozen. (x, y): top left."""
     arm = "M7.5 7.5V.9M5.7 2.3l1.8 1.7 1.8-1.7"
     arms = [path(arm, "snow", transform=f"rotate({60 * turn} 7.5 7.5)") for turn in range(6)]

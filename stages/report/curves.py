@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from stages.report.chart import Line, line_chart
-from stages.report.folders import Folder
+from stages.report.folders import Folder, number
 from stages.report.html import Markup, el
 
 WHEN = ("step", "samples", "tokens", "seconds")  # numbers that say when, rather than how it went
@@ -16,14 +16,15 @@ WHEN = ("step", "samples", "tokens", "seconds")  # numbers that say when, rather
 
 def curves(folders: Sequence[Folder]) -> list[Markup]:
     """Charts of every folder that has metrics: losses first, with a switch between linear and logarithmic, then the rest."""
-    trained = [folder for folder in folders if any("step" in line for line in folder.metrics)]
+    trained = [folder for folder in folders if any(number(line.get("step")) is not None for line in folder.metrics)]
     if not trained:
         return []
     charts: dict[str, list[Line]] = defaultdict(list)
     for tone, folder in enumerate(trained):
         names = dict.fromkeys(name for line in folder.metrics for name in line if name not in WHEN)
         for name in names:
-            points = [(line["step"], line[name]) for line in folder.metrics if "step" in line and is_number(line.get(name))]
+            read = ((number(line.get("step")), number(line.get(name))) for line in folder.metrics)
+            points = [(step, value) for step, value in read if step is not None and value is not None]
             held_out = name.startswith("val/")
             label = " ".join(part for part in (folder.name if len(trained) > 1 else "", "validation" if held_out else "training") if part)
             if len({value for _, value in points}) > 1:  # what never changes has no curve
@@ -44,10 +45,6 @@ def curves(folders: Sequence[Folder]) -> list[Markup]:
         boxes = [chart_box(spoken(name), line_chart(spoken(name), lines), ends(lines)) for name, lines in health.items()]
         parts += [el("h3", {}, "How the run went"), el("div", {"class": "charts"}, boxes)]
     return parts
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def loss_chart(name: str, lines: list[Line]) -> Markup:

@@ -2,6 +2,9 @@
 
 A folder tells what it is by its files: `results.json` makes it an evaluation, `model.safetensors` a checkpoint, tars a shard folder.
 Evaluations of checkpoints hold the samples they judged in `samples/`. Nothing is assumed about other stages but these files.
+
+A run may come from anywhere, so its files may hold anything. What is not of its kind (a text where a number belongs, NaN, a list for a
+table) is left out here, once: the page shows a dash or nothing for it.
 """
 
 import json
@@ -14,6 +17,10 @@ from typing import Any, Literal
 from stages.errors import DataError, UsageError
 
 Kind = Literal["evaluation", "checkpoint", "shards"]
+
+TABLES = ("machine", "versions", "arguments", "provenance")  # of a run's record, what is an object; of a recipe likewise:
+RECIPE_TABLES = ("paper", "tasks", "ports", "backbones", "autoencoders", "tokenizers")
+MAX_CHAIN = 100  # runs above each other
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,65 @@ class Folder:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe as plain tables; empty for runs without one."""
-        return tomllib.loads(self.recipe_toml)
+        """The resolved recipe as plain tables; empty for runs without one, or with one that is no TOML."""
+        try:
+            tables = tomllib.loads(self.recipe_toml)
+        except (ValueError, RecursionError):
+            return {}
+        return {name: value for name, value in tables.items() if isinstance(value, dict) or name not in RECIPE_TABLES}
+
+    @property
+    def step(self) -> int:
+        """The step its status tells; 0 without one."""
+        return int(number(self.status.get("step")) or 0)
+
+
+def number(value: object) -> int | float | None:
+    """A number that a page can print and a chart can place; None for anything else, NaN and infinities among them."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
+        return None
+    return value if abs(value) > 1e-100 else 0
+
+
+def result_of(entry: object, where: str) -> dict[str, Any]:
+    """A row of results.json with all its keys; a number that is none is None. DataError for what is no row."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
+        raise DataError(f"{where}: expected objects with a metric, found {entry!s:.80}", hint="`mmgen eval` writes results.json")
+    interval = entry.get("interval")
+    bounds = [number(bound) for bound in interval] if isinstance(interval, list) and len(interval) == 2 else [None]
+    protocol = entry.get("protocol")
+    return {
+        "metric": entry["metric"],
+        "category": str(entry.get("category") or ""),
+        "split": str(entry.get("split") or ""),
+        "control": str(entry["control"]) if entry.get("control") else None,
+        "value": number(entry.get("value")),
+        "interval": bounds if None not in bounds else None,
+        "chance": number(entry.get("chance")),
+        "n": number(entry.get("n")),
+        "protocol": protocol if isinstance(protocol, dict) else {},
+    }
+
+
+def record_of(value: object) -> dict[str, Any]:
+    """What can be used of a run's record: its command and other words as text, its inputs and tables as far as they are such."""
+    if not isinstance(value, Mapping):
+        return {}
+    record: dict[str, Any] = {}
+    for name, entry in value.items():
+        if name in TABLES or name in ("inputs", "joined"):
+            if name in TABLES and isinstance(entry, dict):
+                record[name] = entry
+            elif name not in TABLES and isinstance(entry, list):
+                record[name] = [inner for inner in entry if isinstance(inner, dict)]
+        elif name == "command":
+            record[name] = [str(word) for word in entry] if isinstance(entry, list) else []
+        elif name in ("stage", "importer", "started", "finished", "recipe", "git_commit"):
+            if isinstance(entry, str):
+                record[name] = entry
+        else:
+            record[name] = entry
+    return record
 
 
 def read_folders(paths: list[Path]) -> list[Folder]:
@@ -68,8 +132,11 @@ def read_folder(path: Path) -> Folder:
         raise UsageError(f"{path}: neither shards, nor a checkpoint, nor an evaluation", hint=hint)
     meta = path / ".mmgen" if (path / ".mmgen").is_dir() else path
     results = read_json(path / "results.json").get("results", [])
+    if not isinstance(results, list):
+        raise DataError(f"{path / 'results.json'}: results: expected a list, found {type(results).__name__}")
+    rows = tuple(result_of(entry, f"{path / 'results.json'}: results") for entry in results)
     record, status, metrics = read_json(meta / "run.json"), read_json(meta / "status.json"), read_lines(meta / "metrics.jsonl")
-    return Folder(path, kind, record, status, metrics, tuple(results))
+    return Folder(path, kind, record_of(record), status, metrics, rows)
 
 
 def holds_shards(path: Path) -> bool:
@@ -83,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON object, found {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -95,10 +162,10 @@ def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
     if not path.exists():
         return ()
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: U+2028 may stand in a string
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return tuple(line for line in lines if isinstance(line, dict))
 
@@ -133,13 +200,22 @@ def chain(folders: list[Folder]) -> list[Link]:
     A record nests what was known of its inputs; where an input still lies where it was, its own run.json says more.
     """
     links: dict[str, Link] = {}
+    known_depths: dict[str, int] = {}  # of folders whose own record was read: each is followed once, also where two name each other
 
-    def visit(path: str, record: Mapping[str, Any], fingerprint: str) -> int:
+    def visit(path: str, record: Mapping[str, Any], fingerprint: str, above: int = 0) -> int:
         depth = 0
-        for entry in inputs_of(record):
-            place, nested = str(entry.get("path") or ""), entry.get("provenance") or {}
+        for entry in inputs_of(record) if above < MAX_CHAIN else ():
+            place, nested = str(entry.get("path") or ""), record_of(entry.get("provenance"))
             own = record_at(place, made_before=record.get("started")) if not nested.get("command") else {}
-            depth = max(depth, 1 + visit(place, own or nested, str(entry.get("fingerprint") or "")))
+            if own and place in known_depths:
+                depth = max(depth, 1 + known_depths[place])
+                continue
+            if own:
+                known_depths[place] = 0
+            below = visit(place, own or nested, str(entry.get("fingerprint") or ""), above + 1)
+            if own:
+                known_depths[place] = below
+            depth = max(depth, 1 + below)
         identity = identity_of(record) or f"{path} {fingerprint}"
         known = links.get(identity)
         if known is None:
@@ -180,7 +256,10 @@ def record_at(path: str, *, made_before: str | None) -> dict[str, Any]:
         return {}
     for folder in (Path(path), Path(path).parent):
         for file in (folder / ".mmgen" / "run.json", folder / "run.json"):
-            record = read_json(file)
+            try:
+                record = record_of(read_json(file))
+            except OSError:  # no name of a file
+                return {}
             if record and str(record.get("finished") or "9") <= str(made_before or "9"):
                 return record
     return {}

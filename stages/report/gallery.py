@@ -3,7 +3,7 @@
 Samples are shown in the order they have in the shards, never picked; the heading says how many there were.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from stages.report.pictures import Pictures
 
 Fields = dict[str, Any]
 MOST_LOOKED_AT = 3000  # samples read while searching for enough of each kind
+MOST_CODES = 2**22  # of a codebook whose usage is drawn
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,56 @@ def look_through(folder: Folder, limit: int) -> Made:
     splits = split_folders(str(folder.path))
     shards = open_shards(str(folder.path), split="val" if "val" in splits else next(iter(splits), None))
     code_field = next((name for name in ("sample.image.codes", "image.codes") if shards.fields.get(name, {}).get("codebook_size")), None)
-    if code_field:
-        made.code_counts.extend([0] * shards.fields[code_field]["codebook_size"])
+    size = shards.fields[code_field]["codebook_size"] if code_field else 0
+    counts = np.zeros(size if size <= MOST_CODES else 0, dtype=np.int64)
     kinds: list[tuple[str, list[Fields], Callable[[Fields], bool]]] = [
-        ("reconstructions", made.reconstructions, is_reconstruction),
-        ("drawn", made.drawn, lambda fields: "sample.image" in fields and not is_reconstruction(fields)),
-        ("questions", made.questions, lambda fields: "sample.qa" in fields and "image" in fields),
-        ("captions", made.captions, lambda fields: "sample.caption" in fields and "image" in fields),
+        ("reconstructions", made.reconstructions, from_its_original),
+        ("drawn", made.drawn, lambda fields: is_picture(fields.get("sample.image")) and not from_its_original(fields)),
+        ("questions", made.questions, lambda fields: bool(answered(fields)) and is_picture(fields.get("image"))),
+        ("captions", made.captions, lambda fields: isinstance(fields.get("sample.caption"), str) and is_picture(fields.get("image"))),
     ]
     for index in range(min(len(shards), MOST_LOOKED_AT)):
         sample = shards.read_or_skip(index)
         if sample is None:
             continue
-        if code_field:
-            for code in sample.fields[code_field].ravel().tolist():
-                made.code_counts[code] += 1
+        codes = sample.fields.get(code_field) if code_field else None
+        if isinstance(codes, np.ndarray) and codes.dtype.kind in "iu":
+            counts += np.bincount(codes[(codes >= 0) & (codes < len(counts))].ravel().astype(np.int64), minlength=len(counts))
         for name, shown, fits in kinds:
             if fits(sample.fields):
                 made.total[name] = made.total.get(name, 0) + 1
                 if len(shown) < limit:
                     shown.append(sample.fields)
+    made.code_counts.extend(counts.tolist() if counts.any() else ())
     return made
+
+
+def is_picture(value: Any) -> bool:
+    """Whether this is an RGB picture; a field of that name from elsewhere may be anything."""
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3 and value.size > 0
+
+
+def from_its_original(fields: Fields) -> bool:
+    """Whether `sample.image` is `image` after a round trip."""
+    meta, made, true = fields.get("meta"), fields.get("sample.image"), fields.get("image")
+    tasks = meta.get("tasks") if isinstance(meta, Mapping) else None
+    return isinstance(tasks, list) and is_picture(made) and is_picture(true) and made.shape == true.shape and is_reconstruction(fields)
+
+
+def answered(fields: Fields) -> list[dict[str, str]]:
+    """The questions of a sample with the model's answers and the true ones, as far as they are such."""
+    entries = fields.get("sample.qa")
+    asked = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    return [{name: str(entry.get(name, "")) for name in ("question", "answer", "truth")} for entry in asked]
+
+
+def scene_of(fields: Fields) -> Scene | None:
+    """The scene a picture was asked to show; None for no scene, or what is none."""
+    try:
+        scene = Scene.from_json(fields["scene"])
+        return scene if all(value in scene.row.values[name] for entry in scene.objects for name, value in vars(entry).items()) else None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
 
 
 # --- drawn pictures ---------------------------------------------------------------------------------------------------------------
@@ -75,20 +105,19 @@ def drawn_cards(made: Made, pictures: Pictures) -> Markup:
 def drawn_card(fields: Fields, pictures: Pictures) -> Markup | None:
     prompt = str(fields.get("caption") or "")
     drawn = pictures.img(fields["sample.image"], f"drawn for: {prompt}")
-    true = pictures.img(fields["image"], f"real picture of: {prompt}") if "image" in fields else None
+    true = pictures.img(fields["image"], f"real picture of: {prompt}") if is_picture(fields.get("image")) else None
     if drawn is None:
         return None
     real = el("figure", {}, true, el("figcaption", {}, "real")) if true else None
     made = el("figure", {}, drawn, el("figcaption", {}, "drawn"))
-    graph = fields.get("scene")
-    word = verdict(fields["sample.image"], graph) if graph else None
+    truth = scene_of(fields)
+    word = verdict(fields["sample.image"], truth) if truth is not None else None
     pair = el("div", {"class": "pair" if true else "pair one"}, real, made)
     return el("article", {"class": "card"}, el("p", {"class": "prompt"}, prompt), pair, word)
 
 
-def verdict(picture: Any, graph: dict[str, Any]) -> Markup:
+def verdict(picture: Any, truth: Scene) -> Markup:
     """The reader's word on each object that was asked for, and on each that was not."""
-    truth = Scene.from_json(graph)
     try:
         reading = read_scene(picture, truth.level)
     except ValueError as error:
@@ -135,12 +164,12 @@ def question_card(fields: Fields, pictures: Pictures) -> Markup | None:
     picture = pictures.img(fields["image"], str(fields.get("caption") or "the picture asked about"))
     if picture is None:
         return None
-    lines = []
-    for entry in fields["sample.qa"][:5]:
+    lines, entries = [], answered(fields)
+    for entry in entries[:5]:
         right = plain(entry["answer"]) == plain(entry["truth"])
         given = [el("b", {}, entry["answer"] or "(nothing)"), None if right else el("span", {"class": "soft"}, f" — {entry['truth']}")]
         lines.append(el("li", {}, sign(right), el("span", {}, entry["question"], el("br"), given)))
-    left = len(fields["sample.qa"]) - len(lines)
+    left = len(entries) - len(lines)
     more = el("li", {}, el("span"), el("span", {"class": "soft"}, f"and {left} more")) if left > 0 else None
     return el("article", {"class": "card"}, el("div", {"class": "qa"}, el("figure", {}, picture), el("ul", {}, lines, more)))
 
@@ -153,7 +182,7 @@ def caption_card(fields: Fields, pictures: Pictures) -> Markup | None:
     picture = pictures.img(fields["image"], str(fields.get("caption") or "the picture described"))
     if picture is None:
         return None
-    given, true = fields["sample.caption"], fields.get("caption", "")
+    given, true = fields["sample.caption"], str(fields.get("caption") or "")
     lines = [el("li", {}, caption_sign(fields), el("span", {}, given or "(nothing)"))]
     if true and true != given:
         lines.append(el("li", {}, el("span"), el("span", {"class": "soft"}, true)))
@@ -162,9 +191,9 @@ def caption_card(fields: Fields, pictures: Pictures) -> Markup | None:
 
 def caption_sign(fields: Fields) -> Markup:
     """Whether a caption names exactly the objects of the scene, where there is a scene to ask."""
-    if not fields.get("scene"):
+    truth = scene_of(fields)
+    if truth is None:
         return el("span")
-    truth = Scene.from_json(fields["scene"])
     return sign(described_scene(parse_caption(fields["sample.caption"]), truth.level) == truth)
 
 

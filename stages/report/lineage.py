@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from stages.report.folders import Folder, Link, chain
+from stages.report.folders import Folder, Link, chain, number
 from stages.report.html import Child, Markup, el
 
 
@@ -76,9 +76,13 @@ def command_text(command: list[str]) -> str:
 
 
 def duration(started: str | None, finished: str | None) -> str:
+    """How long it took; empty where the two are not known, or are no times."""
     if not started or not finished:
         return ""
-    seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
+    try:
+        seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
+    except (TypeError, ValueError):
+        return ""
     if seconds < 100:
         return f"{seconds} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -117,8 +121,8 @@ def machine(folders: list[Folder]) -> Markup | None:
 
 
 def processor(entry: Mapping[str, Any]) -> str:
-    gpus = entry.get("gpus") or []
-    used = entry.get("threads")
+    gpus = entry["gpus"] if isinstance(entry.get("gpus"), list) else []
+    used = number(entry.get("threads"))
     threads = f", {used} thread{'s' if used > 1 else ''} used" if used else ""
     return f"{entry.get('processor', '?')}, {entry.get('cpus', '?')} CPUs{threads}" + "".join(f"; {name}" for name in gpus)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.report.chart import short
-from stages.report.folders import Folder
+from stages.report.folders import Folder, number
 from stages.report.html import Child, Markup, el
 
 Row = dict[str, Any]
@@ -177,6 +177,10 @@ def figure(value: float | None, row: Row) -> str:
     return short(value) if size >= 10_000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3g}"
 
 
+def count(value: float | None) -> str:
+    return "—" if value is None else f"{value:,}"
+
+
 def interval_text(row: Row) -> str:
     if not row.get("interval"):
         return ""
@@ -249,7 +253,7 @@ def tiles(folder: Folder) -> Markup | None:
     for row in headline_rows(folder):
         said, controls = words(row["metric"]), controls_of(folder, row)
         category = "" if row["category"] in ("all", "") else label(row["category"])
-        where = " · ".join(part for part in (category, f"n = {row['n']:,}", row["split"]) if part)
+        where = " · ".join(part for part in (category, f"n = {count(row['n'])}", row["split"]) if part)
         beside: list[Child] = []
         for control, other in controls.items():
             if other is not None:
@@ -308,10 +312,11 @@ def speeds(folders: list[Folder]) -> list[Markup]:
     body = []
     for folder in folders:
         lines = [line for line in folder.metrics if line.keys() >= SPEED.keys()]
-        for line in {(line.get("height"), line.get("width")): line for line in lines}.values():
+        for line in {(str(line.get("height")), str(line.get("width"))): line for line in lines}.values():
             said = [f"{line[name]} {word}".strip() for name, word in HOW.items() if name in line]
             size = f"{line['height']} × {line['width']}" if {"height", "width"} <= line.keys() else ""
-            cells = [el("td", {"class": "num"}, f"{line[name]:,.0f}") for name in SPEED]
+            speeds = [number(line[name]) for name in SPEED]
+            cells = [el("td", {"class": "num"}, "—" if speed is None else f"{speed:,.0f}") for speed in speeds]
             body.append(el("tr", {}, el("th", {"scope": "row"}, folder.name), cells, el("td", {}, size), el("td", {}, ", ".join(said))))
     if not body:
         return []
@@ -359,7 +364,7 @@ def tall_table(folder: Folder, metric: str, columns: list[Column]) -> Markup:
             el("td", {"class": "strip-cell"}, strip(row, others) if is_share(row) else None) if with_strip else None,
             [el("td", {"class": "num soft"}, figure((others[control] or {"value": None})["value"], row)) for control in controls],
             el("td", {"class": "num soft"}, figure(row.get("chance"), row)) if with_chance else None,
-            el("td", {"class": "num soft"}, f"{row['n']:,}"),
+            el("td", {"class": "num soft"}, count(row["n"])),
         ]
         body.append(el("tr", {"class": "total" if column.category == words(metric).lead else None}, cells))
     return el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body))
@@ -407,7 +412,7 @@ def sampling_text(folder: Folder) -> str:
     """Guidance, steps and seed of the samples a run was judged by: part of its name."""
     found = [row["protocol"]["sampling"] for row in folder.results if row.get("protocol", {}).get("sampling")]
     said = []
-    for port, settings in found[0].items() if found else []:
+    for port, settings in found[0].items() if found and isinstance(found[0], dict) else []:
         if isinstance(settings, dict):
             words = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if not isinstance(value, dict | list)]
             said.append(f"{port}: {', '.join(words)}")

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from stages.drawing.figure import draw_recipe
-from stages.errors import RecipeError
 from stages.files import write_atomic
 from stages.recipe import load_recipe
 from stages.report import gallery, numbers
 from stages.report.curves import curves
-from stages.report.folders import Folder, chain, read_folders
+from stages.report.folders import Folder, chain, number, read_folders
 from stages.report.html import Child, Markup, el
 from stages.report.lineage import machine, provenance
 from stages.report.pictures import Pictures
 from stages.report.style import STYLE
+
+# The page has neither scripts nor anything to fetch, and a browser lets nothing in it have any.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def report(paths: list[Path], out: Path) -> Path:
@@ -55,6 +57,7 @@ def page(folders: list[Folder]) -> str:
     ]
     head = [
         el("meta", {"charset": "utf-8"}),
+        el("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}),
         el("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
         el("title", {}, f"{title} — mmgen report"),
         el("style", {}, Markup(STYLE)),
@@ -93,7 +96,7 @@ def sections_of(folders: list[Folder]) -> list[Section]:
     tables = numbers.results(folders)
     codes = [gallery.codes_chart(entry) for entry in made if entry.code_counts]
     usage = el("div", {"class": "charts"}, codes) if codes else None
-    verdicts = any(fields.get("scene") for entry in made for fields in entry.drawn)
+    verdicts = any(gallery.scene_of(fields) is not None for entry in made for fields in entry.drawn)
     judged = "Each card: the prompt, the real picture, what the model drew" + (
         ", and the reader's verdict on every object." if verdicts else "."
     )
@@ -165,12 +168,12 @@ def recipes_of(folders: list[Folder]) -> dict[str, dict[str, Any]]:
 
 
 def title_of(folders: list[Folder]) -> str:
-    found = list(dict.fromkeys((recipe.get("name", ""), recipe.get("size", "")) for recipe in recipes_of(folders).values()))
+    found = list(dict.fromkeys((str(recipe.get("name", "")), str(recipe.get("size", ""))) for recipe in recipes_of(folders).values()))
     if len(found) == 1 and found[0][0]:
         name, size = found[0]
         return f"{name}, {size}" if size else name
-    if found:
-        return " · ".join(dict.fromkeys(name for name, _ in found if name))
+    if names := list(dict.fromkeys(name for name, _ in found if name)):
+        return " · ".join(names)
     return folders[0].name if len(folders) == 1 else f"{len(folders)} runs"
 
 
@@ -185,7 +188,7 @@ def lead_of(folders: list[Folder]) -> str:
         said.append(what + (f" after {source}" if source else "") + (f"; its tasks: {', '.join(tasks)}" if tasks else ""))
     elif recipes:
         said.append(f"{len(recipes)} recipes side by side")
-    trained = [(folder.status.get("step"), training_seconds(folder)) for folder in folders if folder.metrics and folder.status.get("step")]
+    trained = [(folder.step, training_seconds(folder)) for folder in folders if folder.metrics and folder.step]
     if len(trained) == 1:
         steps, seconds = trained[0]
         said.append(f"Trained for {steps:,} steps" + (f" in {spoken_time(seconds)}" if seconds else ""))
@@ -196,7 +199,7 @@ def lead_of(folders: list[Folder]) -> str:
 
 
 def training_seconds(folder: Folder) -> float:
-    return max((line["seconds"] for line in folder.metrics if isinstance(line.get("seconds"), int | float)), default=0.0)
+    return max((number(line.get("seconds")) or 0.0 for line in folder.metrics), default=0.0)
 
 
 def spoken_time(seconds: float) -> str:
@@ -230,10 +233,10 @@ def layouts(folders: list[Folder]) -> list[Markup]:
         if recipe.get("ports"):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "recipe.toml"
-                file.write_text(toml, encoding="utf-8")
+                file.write_text(toml, encoding="utf-8", errors="backslashreplace")
                 try:
-                    drawing: Child = Markup(draw_recipe(load_recipe(file)))
-                except RecipeError as error:  # written by another version
-                    drawing = el("p", {}, f"This recipe cannot be drawn: {error.message.replace(str(file), 'recipe')}")
+                    drawing: Child = draw_recipe(load_recipe(file))
+                except Exception as error:  # of another version or from anywhere: the page goes without the drawing
+                    drawing = el("p", {}, f"This recipe cannot be drawn: {str(error).replace(str(file), 'recipe')}")
             drawings.append(el("figure", {"class": "drawing", "tabindex": 0}, drawing))
     return drawings

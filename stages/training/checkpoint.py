@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from stages.errors import DataError, UsageError
+from stages.escape import file_name, markdown, visible
 from stages.files import copy_tokenizer, write_atomic
 from stages.model import Model, build_model, count_parameters, covers
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
@@ -63,7 +66,7 @@ def save_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     travelling: dict[str, str] = {}
     for address, folder in (tokenizers or {}).items():
-        name = f"{address.split('.')[-1]}-{fingerprint(folder)[:8]}"
+        name = f"{file_name(address.split('.')[-1])}-{fingerprint(folder)[:8]}"
         travelling[address] = name
         if not (out / "tokenizers" / name).is_dir():
             copy_tokenizer(folder, out / "tokenizers" / name)
@@ -86,9 +89,13 @@ def save_checkpoint(
 def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
     """The README.md of a checkpoint: what it is, what it differs in, how to use it."""
     paper = recipe.paper
-    differs = "\n".join(f"- {line}" for line in paper.differs) or "- nothing that is known"
-    source = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" + (f", *{paper.title}*" if paper.title else "")
-    facts = "\n".join(f"| {name} | {value} |" for name, value in config.items() if isinstance(value, (int, float, str)))
+    differs = "\n".join(f"- {markdown(line)}" for line in paper.differs) or "- nothing that is known"
+    source = f"[arXiv:{markdown(paper.arxiv)}](https://arxiv.org/abs/{quote(visible(paper.arxiv))})"
+    source += f", *{markdown(paper.title)}*" if paper.title else ""
+    facts = "\n".join(
+        f"| {markdown(name)} | {markdown(str(value))} |" for name, value in config.items() if isinstance(value, (int, float, str))
+    )
+    path = shlex.quote(visible(path))
     use = (
         f"mmgen eval {path} SHARDS --out runs/eval"
         if recipe.autoencoders and not recipe.backbones
@@ -97,7 +104,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
     if recipe.tokenizers and not recipe.ports:
         use = f"mmgen tokenize SHARDS --tokenizer {path} --out data/tokens"
     return (
-        f"---\nlibrary_name: mmgen\ntags:\n- mmgen\n---\n\n# {recipe.name} ({recipe.size})\n\n"
+        f"---\nlibrary_name: mmgen\ntags:\n- mmgen\n---\n\n# {markdown(recipe.name)} ({recipe.size})\n\n"
         f"After {source}.\n\n```sh\n{use}\n```\n\n| | |\n|---|---|\n{facts}\n\n"
         f"Differs from the paper:\n\n{differs}\n\nThe resolved recipe is `recipe.toml`, the command and the data are in `run.json`, the curves in `metrics.jsonl`.\n"
     )

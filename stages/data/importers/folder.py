@@ -26,6 +26,7 @@ from stages.data.importers.raw import (
 )
 from stages.data.sample import IMAGE_FORMATS, Encoded, Sample, decode_image, decode_value
 from stages.errors import DataError, UsageError
+from stages.escape import code_span
 
 TABLE_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # and what separates their columns
 TABLE_NAMES = ("captions", "metadata")
@@ -102,7 +103,7 @@ def samples(source: str, *, size: int = 0, fit: str = "crop", val_fraction: floa
         splits=splits,
         fingerprint=hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
         licence="unknown",
-        notes=f"Pictures of the folder `{root.name}`. `val` was chosen by the hash of the file name.",
+        notes=f"Pictures of the folder {code_span(root.name)}. `val` was chosen by the hash of the file name.",
     )
 
 
