@@ -82,7 +82,7 @@ def markdown(text: str) -> str:
     pieces = re.split(r"(`[^`|]+`)", visible(text).strip())
     pieces[::2] = [_plain_markdown(piece) for piece in pieces[::2]]
     line = "".join(pieces)
-    return re.sub(r"^(?=[#>+=~-])|^(\d+)(?=[.)])", r"\1\\", line)
+    return re.sub(r"^(?=>|#{1,6}(?:\s|$)|[-+](?:\s|$)|-+\s*$|=+\s*$)|^(\d+)(?=[.)](?:\s|$))", r"\1\\", line)
 
 
 def _plain_markdown(text: str) -> str:

@@ -54,7 +54,7 @@ class Verification:
         return not self.findings
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ok": self.ok}
+        return {**vars(self), "findings": [asdict(finding) for finding in self.findings], "unread": dict(self.unread), "ok": self.ok}
 
     def text(self) -> str:
         lines = [str(finding) for finding in self.findings]

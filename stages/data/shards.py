@@ -87,7 +87,9 @@ class ShardWriter:
                 raise UsageError(f"tokenizer folder '{folder}': expected a plain name such as vq-0a1b2c3d")
         self.out, self.name, self.split = Path(out), name, split
         self.samples_per_shard = samples_per_shard
-        self.provenance = json.loads(json.dumps(dict(provenance or {})))  # fails now, not after hours, where it is no JSON
+        # fails now, not after hours, where it is no JSON; a path that is no UTF-8 becomes one, which an index can hold
+        told = json.dumps(dict(provenance or {}), ensure_ascii=False)
+        self.provenance = json.loads(told.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
         self.tokenizers = dict(tokenizers or {})
         self.overwrite, self.resume = overwrite, resume
         self.rank, self.ranks, self.wait = rank, ranks, wait
