@@ -8,6 +8,7 @@ table) is left out here, once: the page shows a dash or nothing for it.
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -144,12 +145,21 @@ def holds_shards(path: Path) -> bool:
     return path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*/*.tar")))
 
 
+def parsed(text: str) -> Any:
+    """A JSON value in which numbers that are not finite are null."""
+
+    def finite(digits: str) -> float | None:
+        return value if math.isfinite(value := float(digits)) else None
+
+    return json.loads(text, parse_float=finite, parse_constant=lambda name: None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when the file is absent."""
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON object, found {error}") from None
     if not isinstance(value, dict):
@@ -164,7 +174,7 @@ def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: U+2028 may stand in a string
         try:
-            lines.append(json.loads(line))
+            lines.append(parsed(line))
         except (ValueError, RecursionError):
             continue
     return tuple(line for line in lines if isinstance(line, dict))

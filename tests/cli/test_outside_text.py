@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_architecture import SOURCES, name_of, parsed
 from typer.testing import CliRunner, Result
-from worlds import MIXED, World, make_world, mixed_recipe, recipe_from, sample_of, text_tokenizer
+from worlds import MIXED, World, make_world, mixed_recipe, sample_of, text_tokenizer
 
 from mmgen_cli.app import app
 from stages.data.sample import Sample
