@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from stages.errors import MmgenError, UsageError, nearest
-from stages.escape import visible
+from stages.escape import json_text, visible
 from stages.options import RunOptions
 from stages.terminal import put, tell, write_anything
 
@@ -235,11 +235,8 @@ def give_checkpoint(folder: Path, *, push: str | None, as_json: bool) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON value on stdout, in ASCII. JSON has no word for a number that is not finite: it becomes null."""
-    try:
-        put(json.dumps(value, allow_nan=False))
-    except ValueError:
-        put(json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None)))
+    """One JSON value on stdout, in ASCII."""
+    put(json_text(value, ascii=True))
 
 
 class _BytesOnly(io.TextIOBase):

@@ -38,9 +38,17 @@ def lines_of(lines: Iterable[str]) -> str:
     return "\n".join(map(visible, lines))
 
 
-def json_text(value: Any, **how: Any) -> str:
-    """JSON that keeps letters of every script readable and a terminal from obeying it."""
-    return visible(json.dumps(value, ensure_ascii=False, **how), keep="\n")
+def json_text(value: Any, *, ascii: bool = False, indent: int | None = None) -> str:
+    """JSON that no terminal obeys; letters of every script stay readable unless it is to be ASCII.
+
+    A number that is not finite becomes null: JSON has no other word for it.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=ascii, indent=indent, allow_nan=False)
+    except ValueError:
+        value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        text = json.dumps(value, ensure_ascii=ascii, indent=indent)
+    return visible(text, keep="\n")
 
 
 # --- HTML and SVG -----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from stages.errors import MmgenError, UsageError
+from stages.escape import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -89,7 +90,7 @@ def push(folder: Path, spec: str, *, api: "HfApi | None" = None) -> str:
             path_in_repo=address.folder or None,
             revision=address.revision,
             ignore_patterns=NEVER,
-            commit_message=f"mmgen checkpoint {folder.name}",
+            commit_message=f"mmgen checkpoint {visible(folder.name)}",
         )
     return f"https://huggingface.co/{address.repository}"
 

@@ -1,7 +1,7 @@
 """The two ways a text of mmgen reaches the person or the program outside: results on stdout, everything else on stderr.
 
 What is printed may hold names, keys and messages from outside, so what a terminal would obey is made visible here, once for all. Line
-breaks pass: a text of several lines is put together by `escape.lines_of`, which writes out those inside of what it is given.
+breaks and tabs pass: a text of several lines is put together by `escape.lines_of`, which writes out those inside of what it is given.
 """
 
 import sys
@@ -19,9 +19,9 @@ def write_anything() -> None:
 
 def put(text: str, end: str = "\n") -> None:
     """A result, on stdout."""
-    print(visible(text, keep="\n"), end=end)
+    print(visible(text, keep="\n\t"), end=end)
 
 
 def tell(text: str, label: str = "") -> None:
     """A message, on stderr. label: what stands before it, written as it is (it may be coloured)."""
-    print(label + visible(text, keep="\n"), file=sys.stderr, flush=True)
+    print(label + visible(text, keep="\n\t"), file=sys.stderr, flush=True)

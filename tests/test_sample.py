@@ -16,7 +16,7 @@ from stages.errors import DataError, UsageError
 from stages.options import RunOptions
 from stages.parts.tokenizers.byte_bpe import ByteBPEConfig
 from stages.recipe import load_recipe
-from stages.sample import readable, sample
+from stages.sample import readable, sample, save_pictures
 from stages.train_unified import train_unified
 
 PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
@@ -191,3 +191,15 @@ def test_a_nul_that_a_model_writes_is_no_text_and_is_shown_as_what_it_is() -> No
     nul = tokenizer.encode("\0")
     assert tokenizer.decode(nul) == "\0"  # like any byte it has a token
     assert readable(tokenizer, [*tokenizer.encode("a "), *nul, *tokenizer.encode("scene ")]) == "a \ufffdscene"
+
+
+def test_saved_files_lie_side_by_side_whatever_the_keys_are(tmp_path: Path) -> None:
+    keys = ["plain", "a/b/000", "a-b/000", "猫", 'x:*?"<>|', "CON", "k" * 1000, "-rf", " spaces "]
+    for key in keys:
+        fields = {"sample.image": PICTURE, "sample.caption": f"of {key}\ud800", "sample.image.latents": np.zeros((2, 3, 4), np.float32)}
+        save_pictures(Sample(key, fields), tmp_path / "files")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2 * len(keys)
+    assert all(path.parent == tmp_path / "files" for path in tmp_path.rglob("*") if path.is_file())
+    assert (tmp_path / "files" / "plain.image.png").is_file()
+    assert (tmp_path / "files" / "猫.caption.txt").read_text() == "of 猫\\ud800\n"
+    assert {path.suffix for path in (tmp_path / "files").iterdir()} == {".png", ".txt"}

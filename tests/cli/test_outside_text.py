@@ -10,8 +10,12 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from markdown_it import MarkdownIt
 from test_architecture import SOURCES, name_of, parsed
 from typer.testing import CliRunner, Result
 from worlds import MIXED, World, make_world, mixed_recipe, sample_of, text_tokenizer
@@ -19,6 +23,8 @@ from worlds import MIXED, World, make_world, mixed_recipe, sample_of, text_token
 from mmgen_cli.app import app
 from stages.data.sample import Sample
 from stages.errors import DataError
+from stages.escape import visible
+from stages.progress import Progress
 
 Invoke = Callable[..., Result]
 ROOT = Path(__file__).parent.parent.parent
@@ -194,3 +200,68 @@ def test_nothing_is_printed_but_through_one_module() -> None:
     found = [where for path in SOURCES for where in prints(path)]
     assert {where.split(":")[0] for where in found} <= allowed, found
     assert sum(where.startswith("mmgen_cli.door") for where in found) == 1, found
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    return yaml.safe_load(card.read_text(encoding="utf-8").removeprefix("---\n").split("\n---\n", 1)[0])
+
+
+SPLITS = [
+    "a: b",
+    "no",
+    "2014",
+    "- x",
+    "train\nlicense: mit",
+    "`x` | <b> ![i](x)",
+    "[l](javascript:x)",
+    "x\n---\n# y",
+    EVIL.replace("/", ""),
+]
+
+
+def test_a_data_card_lists_its_splits_whatever_they_are_called(tmp_path: Path) -> None:
+    for split in SPLITS:
+        tar_of(tmp_path / "raw" / split / "a.tar", {"k.caption.txt": b"one"})
+    call("import", "shards", tmp_path / "raw", "--out", tmp_path / "set")
+    card = tmp_path / "set" / "README.md"
+    found = front_matter(card)
+    assert found.keys() == {"license", "configs"}
+    assert found["license"] == "unknown"
+    assert sorted(entry["split"] for entry in found["configs"][0]["data_files"]) == sorted(map(visible, SPLITS))
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.read_text().split("\n---\n", 1)[1])
+    inner = [child.type for token in tokens for child in token.children or []]
+    assert {"image", "link_open"}.isdisjoint(inner)
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
+    assert sum(token.type == "tr_open" for token in tokens) == len(SPLITS) + 1
+
+
+def test_a_model_card_says_the_recipe_s_names_as_text(model: Path) -> None:
+    text = (model / "README.md").read_text()
+    assert front_matter(model / "README.md") == {"library_name": "mmgen", "tags": ["mmgen"]}
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n", 1)[1])
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
+    assert [child.attrs["href"] for token in tokens for child in token.children or [] if child.type == "link_open"] == [
+        "https://arxiv.org/abs/0000.00000"
+    ]
+    assert OBEYED.search(text) is None
+
+
+def test_the_bar_of_a_terminal_obeys_no_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress("train")
+    progress.on_terminal = True
+    progress.update(1, 3, EVIL)
+    progress.say(f":warning: [bold]{EVIL}")
+    progress.close()
+    said = capsys.readouterr().err
+    assert ":warning: [bold]a\\u001b" in said
+    assert not any(found in said for found in ("\x1b]", "\x1b[31m", "\x9b", "\u202e", "\u2028"))
+    assert not any(line.strip().startswith(FORGED) for line in said.split("\n"))
+
+
+def test_numbers_that_are_not_finite_leave_the_json_valid(tmp_path: Path) -> None:
+    np.save(array := io.BytesIO(), np.array([1.0, np.nan], np.float32))
+    tar_of(tmp_path / "set" / "a.tar", {"k.array.npy": array.getvalue()})
+    answer = CliRunner().invoke(app, ["inspect", str(tmp_path / "set"), "--json"])
+    found = json.loads(answer.stdout, parse_constant=lambda name: pytest.fail(name))
+    assert found["first"]["fields"]["array"]["max"] is None
