@@ -20,6 +20,10 @@ _OTHER_SCRIPTS = "\u0300-\u061b\u061d-\u1fff\u2070-\ud7ff\ue000-\ufefe\uff00-\uf
 _UNSAFE = re.compile(f"[{_OBEYED}]|(?<![{_OTHER_SCRIPTS}])[{_JOINERS}]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
+_YAML_WORDS = frozenset(
+    ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
+)  # what YAML reads as something else than these letters
+
 MAX_NAME_BYTES = 200  # of the 255 most file systems allow, with room for an ending
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names Windows keeps for devices
 
@@ -110,17 +114,7 @@ def code_span(text: str) -> str:
 def yaml_text(value: object) -> str:
     """A string as a value in YAML: as it is where YAML reads it as that string, otherwise in quotes."""
     text = visible(str(value))
-    plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./*-]*", text) and text.lower() not in (
-        "y",
-        "n",
-        "yes",
-        "no",
-        "on",
-        "off",
-        "true",
-        "false",
-        "null",
-    )
+    plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./*-]*", text) and text.lower() not in _YAML_WORDS
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 

@@ -5,7 +5,7 @@ Samples are shown in the order they have in the shards, never picked; the headin
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def look_through(folder: Folder, limit: int) -> Made:
     return made
 
 
-def is_picture(value: Any) -> bool:
+def is_picture(value: Any) -> TypeGuard[np.ndarray]:
     """Whether this is an RGB picture; a field of that name from elsewhere may be anything."""
     return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3 and value.size > 0
 

@@ -173,12 +173,10 @@ def test_bad_samples_are_listed_one_json_object_a_line(damaged: Path, tmp_path: 
 
 def test_a_terminal_without_unicode_gets_numbers_instead_of_an_error(world: World) -> None:
     plain = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    for command in (["inspect", str(world.shards)], ["recipes", "猫"]):
-        answer = subprocess.run([sys.executable, "-m", "mmgen_cli", *command], capture_output=True, env=plain, cwd=ROOT)
-        assert (answer.stdout + answer.stderr).isascii()
-        assert answer.returncode == (0 if command[1] == str(world.shards) else 2)
-        assert b"Traceback" not in answer.stderr
-        assert b"fault of mmgen" not in answer.stderr
+    answer = subprocess.run([sys.executable, "-m", "mmgen_cli", "inspect", world.shards], capture_output=True, env=plain, cwd=ROOT)
+    assert (answer.returncode, answer.stderr) == (0, b"")
+    assert answer.stdout.isascii()
+    assert READABLE.encode("ascii", "backslashreplace") in answer.stdout
 
 
 def test_lines_of_our_own_stay_lines() -> None:
