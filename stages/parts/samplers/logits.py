@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stages.parts.config import Entries, Length, Temperature
 from stages.parts.samplers.guidance import SamplerConfig
 
 
@@ -17,10 +18,10 @@ class AutoregressiveConfig(SamplerConfig):
     """One token after another. `temperature = 0` takes the likeliest; `max_tokens` ends a segment that has no end of its own."""
 
     kind: Literal["autoregressive"] = "autoregressive"
-    temperature: float = Field(default=1.0, ge=0)
-    top_k: int | None = Field(default=None, ge=1)
+    temperature: Temperature = 1.0
+    top_k: Entries | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: Length = 256
 
     def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """The next ids (b,) from logits (b, v) and uniforms (b,) in [0, 1)."""

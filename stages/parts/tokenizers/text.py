@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from stages.errors import DataError, MmgenError, RecipeError, UsageError, nearest
 from stages.files import write_atomic
 from stages.parts.backbones.gguf_file import tokenizer_of
-from stages.parts.config import PartConfig
+from stages.parts.config import Entries, Names, PartConfig
 from stages.parts.tokenizers.picture_entries import without_codes
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
@@ -29,9 +29,9 @@ RECORD_KEYS = ("question", "answer", "text", "caption", "instruction")  # what i
 class TokenizerConfig(PartConfig):
     """What every text tokenizer is told: its size at most, its special tokens, and the fields it learns from and encodes."""
 
-    vocab_size: int
-    special: tuple[str, ...] = ()  # after <pad>, <bos> and <eos>, which are always there
-    fields: tuple[str, ...] = TEXT_FIELDS
+    vocab_size: Entries
+    special: Names = ()  # after <pad>, <bos> and <eos>, which are always there
+    fields: Names = TEXT_FIELDS
 
     def written(self, token: str) -> str:
         """What the table calls a special token."""
