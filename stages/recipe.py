@@ -55,7 +55,7 @@ MAX_BYTES = 2**20  # of a recipe file; the longest that is shipped has 2% of it
 MAX_VOCABULARY = 2**24  # entries that one embedding can have
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
 LearningRate = Annotated[float, Field(ge=0, le=1e3)]  # 1e3 and more is no number anybody trains with
-FIELD = r"\{([a-z_.]+)\}"  # of a text: the name of a field in braces, and nothing else that braces may mean elsewhere
+FIELD = r"\{[a-z_]+(?:\.[a-z_]+)*\}"  # of a text: the name of a field in braces, and nothing else that braces may mean elsewhere
 
 
 class _PartProblem(ValueError):
@@ -167,14 +167,14 @@ class SegmentSpec(Strict):
     @classmethod
     def _braces_hold_fields(cls, text: str) -> str:
         left = re.sub(FIELD, "", text)
-        if "{" in left or "}" in left or "__" in "".join(re.findall(FIELD, text)):
+        if "{" in left or "}" in left or any("__" in name for name in re.findall(FIELD, text)):
             raise ValueError(f"braces in a text hold the name of a field and nothing else, as in {{caption}} (found {shown(text)})")
         return text
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of a sample it reads, in order."""
-        return (self.field,) if self.field else tuple(re.findall(FIELD, self.text))
+        return (self.field,) if self.field else tuple(name[1:-1] for name in re.findall(FIELD, self.text))
 
     @property
     def group(self) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.errors import RecipeError, nearest
 
+MAX_ENTRIES = 2**22  # of a vocabulary
 MAX_NAMES = 256  # entries of one list or table of names: ports, tasks, phases, segments, experts
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # of what is built one by one: layers, heads, levels, experts
@@ -22,7 +23,7 @@ Even = Annotated[int, Field(ge=0, le=65_536, multiple_of=2)]  # of channels that
 Size = Annotated[int, Field(ge=1, le=65_536)]  # of a vector: widths, channels
 Pixels = Annotated[int, Field(ge=1, le=8192)]  # along a side of a picture, or of a patch
 Length = Annotated[int, Field(ge=1, le=65_536)]  # tokens of one thing: queries, latents, a text that is written
-Entries = Annotated[int, Field(ge=1, le=2**22)]  # of a vocabulary
+Entries = Annotated[int, Field(ge=1, le=MAX_ENTRIES)]  # of a vocabulary
 Rounds = Annotated[int, Field(ge=1, le=10_000)]  # of a sampler
 Updates = Annotated[int, Field(ge=0, le=10**9)]  # of the weights: how long training takes, or waits for something
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss, of a task
