@@ -129,9 +129,17 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
         if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
             path = error.filename2 or error.filename  # of a rename, where to
             return _tell(f"{path}: {os.strerror(error.errno).lower()}", "name another path, or change its permissions", 2, invocation)
+        if is_out_of_memory(error):
+            hint = "a smaller --size, batch or picture takes less; --dry-run prints what a run takes"
+            return _tell(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'none is left'}", hint, 1, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
             return _tell(*_usage_mistake(error), 2, invocation)
         return _tell(*_our_fault(error), 1, invocation)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch was refused memory. torch raises a bare RuntimeError for that of the CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _tell(message: str, hint: str, exit_code: int, invocation: Invocation) -> int:

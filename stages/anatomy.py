@@ -51,7 +51,10 @@ def weights_of(recipe: Recipe) -> dict[str, int]:
     """Every weight a run of this recipe could hold, by address → number of elements; the model's and its autoencoders'."""
     sizes = {name: parameter.numel() for name, parameter in meta_model(recipe).named_parameters()}
     for name, config in recipe.autoencoders.items():
-        sizes |= {f"autoencoders.{name}.{key}": value.numel() for key, value in on_meta(config.build).named_parameters()}
+        sizes |= {
+            f"autoencoders.{name}.{key}": value.numel()
+            for key, value in on_meta(config.build, address=f"autoencoders.{name}").named_parameters()
+        }
     return sizes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -487,9 +488,9 @@ def meta_model(recipe: Recipe, most: int = MAX_TENSORS) -> Model:
     return on_meta(lambda: Model(recipe), most)
 
 
-def on_meta(build: Callable[[], Module], most: int = MAX_TENSORS) -> Module:
+def on_meta(build: Callable[[], Module], most: int = MAX_TENSORS, address: str = "") -> Module:
     """A module without memory. It is given up as soon as it has more than `most` tensors (RecipeError), so that a recipe from a stranger
-    costs no more time than that."""
+    costs no more time than that. address: whose numbers they are, where the module is one part."""
     count = 0
 
     def counted(*_: object) -> None:
@@ -500,7 +501,7 @@ def on_meta(build: Callable[[], Module], most: int = MAX_TENSORS) -> Module:
 
     handle = register_module_parameter_registration_hook(counted)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), built_at(address) if address else nullcontext():
             return build()
     finally:
         handle.remove()

@@ -198,7 +198,8 @@ class Learner(nn.Module):
     def __init__(self, recipe: Recipe, plan: Plan, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # convolutions start as torch starts them
-            check_memory(on_meta(recipe.autoencoders[plan.autoencoder].build), f"autoencoders.{plan.autoencoder}")
+            address, config = f"autoencoders.{plan.autoencoder}", recipe.autoencoders[plan.autoencoder]
+            check_memory(on_meta(config.build, address=address), address)
             torch.manual_seed(seed)
             self.autoencoders = nn.ModuleDict({plan.autoencoder: recipe.autoencoders[plan.autoencoder].build()})
             self.objectives = nn.ModuleDict({plan.objective: plan.config.build()})

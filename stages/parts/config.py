@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stages.errors import RecipeError, nearest
 
 MAX_ENTRIES = 2**22  # of a vocabulary
+MAX_PIXELS = 8192  # along a side of a picture
 MAX_NAMES = 256  # entries of one list or table of names: ports, tasks, phases, segments, experts
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # of what is built one by one: layers, heads, levels, experts
 Even = Annotated[int, Field(ge=0, le=65_536, multiple_of=2)]  # of channels that turn in pairs
 Size = Annotated[int, Field(ge=1, le=65_536)]  # of a vector: widths, channels
-Pixels = Annotated[int, Field(ge=1, le=8192)]  # along a side of a picture, or of a patch
+Pixels = Annotated[int, Field(ge=1, le=MAX_PIXELS)]  # along a side of a picture, or of a patch
 Length = Annotated[int, Field(ge=1, le=65_536)]  # tokens of one thing: queries, latents, a text that is written
 Entries = Annotated[int, Field(ge=1, le=MAX_ENTRIES)]  # of a vocabulary
 Rounds = Annotated[int, Field(ge=1, le=10_000)]  # of a sampler

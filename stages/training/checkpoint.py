@@ -26,6 +26,7 @@ from stages.errors import DataError, RecipeError, UsageError
 from stages.files import copy_tokenizer, write_atomic
 from stages.model import Model, build_model, count_parameters, covers, meta_model, on_meta
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
+from stages.parts.config import MAX_PIXELS, shown
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.recipe import Recipe, Stage, load_recipe
 
@@ -249,7 +250,7 @@ def load_autoencoder(folder: Path, device: str = "cpu") -> Autoencoder:
     name, config = next(iter(recipe.autoencoders.items()))
     prefix, weights = f"autoencoders.{name}.", folder / WEIGHTS
     held = without_prefix(read_shapes(weights), prefix)
-    check_same(described(lambda most: on_meta(config.build, most), held, weights), held, str(weights))
+    check_same(described(lambda most: on_meta(config.build, most, f"autoencoders.{name}"), held, weights), held, str(weights))
     autoencoder = config.build()
     load_strict(autoencoder, without_prefix(read_weights(weights), prefix), str(weights))
     return autoencoder.to(device).eval()
@@ -352,7 +353,17 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     return described
 
 
-def describe_autoencoder(config: AutoencoderConfig, picture_size: Sequence[int] | None) -> dict[str, Any]:
+def sides_in(value: Any, where: str, axes: Sequence[int], most: int) -> tuple[int, ...]:
+    """The sides of a picture that config.json gives, in pixels or tokens: as many as one of `axes`. DataError for anything else, and for
+    more than `most` pixels or tokens in all."""
+    whole = isinstance(value, list) and len(value) in axes and all(type(side) is int and side >= 1 for side in value)
+    if not whole or math.prod(value) > most:
+        wanted = " or ".join(map(str, axes))
+        raise DataError(f"{where}: expected a list of {wanted} whole numbers, at most {most:,} together, found {shown(value)}")
+    return tuple(value)
+
+
+def describe_autoencoder(config: AutoencoderConfig, picture_size: Any) -> dict[str, Any]:
     """What an image tokenizer makes of a picture, with numbers for pictures of the size (H, W) it was trained on where that is known.
 
     `bits_per_pixel`: each code is worth log2 of the vocabulary. Latents are real numbers, counted as `floats_per_pixel`.
@@ -364,7 +375,7 @@ def describe_autoencoder(config: AutoencoderConfig, picture_size: Sequence[int] 
     }
     if picture_size is None:
         return described
-    height, width = picture_size
+    height, width = sides_in(picture_size, "config.json: picture_size", (2,), MAX_PIXELS**2)
     grid = config.grid(height, width)
     described |= {"picture_size": [height, width], "grid": list(grid)}
     if config.codebook_size is None:

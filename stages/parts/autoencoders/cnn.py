@@ -52,6 +52,9 @@ class ConvolutionalConfig(AutoencoderConfig):
             )
         if self.channels % CHANNELS_PER_GROUP:
             raise ValueError(f"channels must be a multiple of {CHANNELS_PER_GROUP}, found {self.channels}")
+        for width in (self.channels * multiplier for multiplier in self.multipliers):
+            if width % groups_of(width):
+                raise ValueError(f"channels = {self.channels}: a level of {width} channels does not divide into {groups_of(width)} groups")
         return self
 
 
@@ -80,8 +83,12 @@ class CNNAutoencoder(DiscreteAutoencoder):
         return self.decoder.conv_out.weight
 
 
+def groups_of(channels: int) -> int:
+    return min(MAX_GROUPS, channels // CHANNELS_PER_GROUP)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(MAX_GROUPS, channels // CHANNELS_PER_GROUP), channels, eps=1e-6)
+    return nn.GroupNorm(groups_of(channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -140,7 +147,7 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, latent_channels: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(min(MAX_GROUPS, channels // CHANNELS_PER_GROUP), channels, eps=1e-6, affine=False)
+        self.norm = nn.GroupNorm(groups_of(channels), channels, eps=1e-6, affine=False)
         self.scale, self.shift = nn.Linear(latent_channels, channels), nn.Linear(latent_channels, channels)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
