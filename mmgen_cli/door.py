@@ -164,6 +164,10 @@ def _usage_mistake(error: Any) -> tuple[str, str]:
         ]
         close = nearest(str(option), flags)
         return f"{ctx.command_path} has no option {option}", close if close.startswith("did you mean") else see
+    if hasattr(error.__cause__, "errors"):  # typer asks pydantic, and hands its words on
+        from stages.parts.config import told
+
+        error.message = told(error.__cause__.errors()[0])
     message = str(error.format_message()).rstrip(".")
     return message[:1].lower() + message[1:], see
 

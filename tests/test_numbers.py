@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from pydantic import BaseModel
 from worlds import mixed_recipe
 
 import stages.parts.losses  # noqa: F401  (their configs are of no union)
 from stages.errors import RecipeError
+from stages.model import meta_model
 from stages.parts.config import PartConfig, Strict, built_at
-from stages.recipe import load_recipe, recipe_names
+from stages.recipe import SegmentSpec, load_recipe, recipe_names
 
 BAD = (float("nan"), float("inf"), float("-inf"), -1, 0, 10**12, 10**400)
 # what a config needs beside its `kind`, of those that no shipped recipe has
@@ -208,3 +210,65 @@ def test_a_recipe_file_without_end_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**31)  # sparse
     with pytest.raises(RecipeError, match="too many for a recipe"):
         load_recipe(path)
+
+
+# texts of tasks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{caption.__class__}",
+        "{__class__}",
+        "{caption!r}",
+        "{caption:>99999999}",
+        "{0}",
+        "{}",
+        "{caption[0]}",
+        "{caption",
+        "caption}",
+        "{{caption}}",
+        "{caption.}",
+        "{.caption}",
+        "{a..b}",
+        "{Caption}",
+        "{caption }",
+        "{cap\ntion}",
+        '{"a": 1}',
+    ],
+)
+def test_braces_in_a_text_hold_the_name_of_a_field_and_nothing_else(text: str) -> None:
+    segments = tomli_w.dumps({"segments": [{"port": "text", "text": text}]}).removeprefix("segments = ")
+    with pytest.raises(RecipeError, match=r"tasks\.answer\.segments\.0\.text: braces in a text hold the name of a field"):
+        mixed_recipe(f"tasks.answer.segments={segments.replace(chr(10), ' ')}")
+
+
+@pytest.mark.parametrize(("text", "fields"), [("{caption}", ("caption",)), ("<sot>{a.b} and {c_d}<eot>", ("a.b", "c_d")), ("no field", ())])
+def test_names_of_fields_in_braces_are_read(text: str, fields: tuple[str, ...]) -> None:
+    assert SegmentSpec(port="text", text=text).fields == fields
+
+
+def test_a_text_longer_than_any_prompt_is_refused() -> None:
+    with pytest.raises(RecipeError, match="at most 10000 letters"):
+        mixed_recipe(f'tasks.answer.segments=[{{port="text", text="{"a" * 10_001}"}}]')
+
+
+def test_a_recipe_has_an_end_of_ports_and_tasks() -> None:
+    ports = {f"ports.p{number}.content": "token-ids" for number in range(300)}
+    with pytest.raises(RecipeError, match="ports: expected at most 256 entries"):
+        mixed_recipe(*[f"{address}={value}" for address, value in ports.items()])
+
+
+# parts that do not fit each other
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (('ports.latents.head={kind="deep", heads=5}',), r"ports\.latents: heads must divide the width 48, found 5"),
+        (('ports.latents.connector={kind="transformer", depth=1, heads=3}',), r"ports\.latents: heads must divide the width 5, found 3"),
+    ],
+)
+def test_a_part_that_does_not_fit_its_network_names_its_address(sets: tuple[str, ...], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        meta_model(mixed_recipe(*sets))

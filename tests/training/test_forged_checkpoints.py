@@ -111,7 +111,7 @@ def test_a_recipe_of_too_many_tensors_is_given_up_and_one_that_no_memory_holds_s
     with pytest.raises(RecipeError, match="more than 20 tensors"):
         meta_model(mixed_recipe(), most=20)
     meta_model(mixed_recipe())  # the count ends with the module
-    huge = mixed_recipe("backbones.lm.width=65536", "backbones.lm.depth=500", "backbones.lm.head_dim=8")
+    huge = mixed_recipe("backbones.lm.width=65536", "backbones.lm.depth=20", "backbones.lm.head_dim=8")
     refused(lambda: build_model(huge, 0), r"parameters take [\d,.]+ GiB, and this machine has")
     with pytest.raises(RecipeError, match="GiB"):
         check_memory(on_meta(lambda: torch.nn.Linear(2**24, 2**24)), "a layer")
