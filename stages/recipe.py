@@ -28,7 +28,6 @@ from stages.parts.config import (
     Names,
     PartConfig,
     Pixels,
-    Positive,
     Strict,
     Updates,
     Weight,
@@ -228,7 +227,7 @@ class Phase(Strict):
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     weight_decay: Weight = 0.0
     betas: tuple[Below1, Below1] = (0.9, 0.95)
-    grad_clip: Positive = 1.0
+    grad_clip: float = Field(default=1.0, gt=0, le=1e12)  # a large one clips nothing
     ema_decay: Below1 | None = None
     reduce: Literal["own-tokens", "all-tokens"] = "own-tokens"
 

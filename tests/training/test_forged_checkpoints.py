@@ -179,6 +179,15 @@ def test_large_weights_whose_sum_is_infinite_are_finite(model: Path) -> None:
     load_model(model)
 
 
+def test_numbers_that_overflow_in_the_model_are_not_finite(model: Path) -> None:
+    tensors = read_weights(model / "model.safetensors")
+    name = next(name for name, tensor in sorted(tensors.items()) if tensor.is_floating_point())
+    tensors[name] = torch.full(tensors[name].shape, 1e300, dtype=torch.float64)
+    save_weights(model / "model.safetensors", tensors)
+    with pytest.raises(DataError, match=f"not finite: {name}"):
+        load_model(model)
+
+
 @pytest.mark.parametrize("task", ["draw", "paint", "answer"])
 def test_predictions_that_are_not_finite_end_the_run(model: Path, world: World, tmp_path: Path, task: str) -> None:
     """Weights that are finite and overflow in the first layer."""
