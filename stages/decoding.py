@@ -514,7 +514,7 @@ class Session:
 
 def finite(predicted: Tensor) -> Tensor:
     """The same, for nothing is drawn from NaN or infinity: GuardError."""
-    if not predicted.isfinite().all():
+    if not predicted.sum(dtype=torch.float32).isfinite() and not predicted.isfinite().all():  # a sum takes a tenth of the time
         raise GuardError(
             "the model predicts NaN or infinity, and nothing can be drawn from that",
             hint="a lower guidance_scale or --dtype fp32 may help; else the training has failed, and an earlier checkpoint is needed",
