@@ -133,9 +133,18 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
             path = error.filename2 or error.filename  # of a rename, where to
             told = MmgenError(f"{path}: {os.strerror(error.errno).lower()}", hint="name another path, or change its permissions")
             return _tell(told, 2, invocation)
+        if is_out_of_memory(error):
+            hint = "a smaller --size, batch or picture takes less; --dry-run prints what a run takes"
+            what = str(error).splitlines()[0] if str(error) else "none is left"
+            return _tell(MmgenError(f"not enough memory: {what}", hint=hint), 1, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
             return _tell(_usage_mistake(error), 2, invocation)
         return _tell(_our_fault(error), 1, invocation)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch was refused memory. torch raises a bare RuntimeError for that of the CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _tell(error: MmgenError, exit_code: int, invocation: Invocation) -> int:
@@ -161,6 +170,10 @@ def _usage_mistake(error: Any) -> MmgenError:
         close = nearest(str(option), flags)
         hint = close if close.startswith("did you mean") else see
         return MmgenError(f"{ctx.command_path} has no option {option}", hint=hint)
+    if hasattr(error.__cause__, "errors"):  # typer asks pydantic, and hands its words on
+        from stages.parts.config import told
+
+        error.message = told(error.__cause__.errors()[0])
     message = " ".join(str(error.format_message()).split()).rstrip(".")
     return MmgenError(message[:1].lower() + message[1:], hint=see)
 

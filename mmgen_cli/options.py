@@ -11,6 +11,12 @@ import typer
 
 from stages.errors import UsageError
 
+MAX_SEED = 2**63 - 1  # what torch and numpy both take
+MAX_COUNT = 10**9  # of samples or steps
+MAX_MINUTES = 10.0**7  # nineteen years
+MAX_WORKERS = 1024
+MAX_SAMPLES = 10_000  # per prompt: those of 64 prompts are in memory together
+
 
 def recipe_names(incomplete: str) -> list[str]:
     """For completion: the names of the shipped recipes, without reading them."""
@@ -61,31 +67,48 @@ OtherTokenizers = Annotated[
 ]
 
 # how to run
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=MAX_SEED, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option("--dtype", help="Precision of the computation.")]
 Limit = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="Use only so many samples of the input.", show_default=False)
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, max=MAX_COUNT, help="Use only so many samples of the input.", show_default=False),
 ]
 MaxSteps = Annotated[
-    int | None, typer.Option("--max-steps", metavar="N", min=1, help="Stop after so many steps; the same command continues.")
+    int | None, typer.Option("--max-steps", metavar="N", min=1, max=MAX_COUNT, help="Stop after so many steps; the same command continues.")
 ]
 MaxMinutes = Annotated[
-    float | None, typer.Option("--max-minutes", metavar="MINUTES", min=0.0, help="Stop after so many minutes; the same command continues.")
+    float | None,
+    typer.Option(
+        "--max-minutes",
+        metavar="MINUTES",
+        min=0.0,
+        max=MAX_MINUTES,
+        help="Stop after so many minutes; the same command continues.",
+    ),
 ]
 Parallel = Annotated[
     Literal["ddp", "fsdp"],
     typer.Option("--parallel", help="How ranks under torchrun share the network: ddp, each has all of it; fsdp, each has a part."),
 ]
 Workers = Annotated[
-    int, typer.Option("--workers", metavar="N", min=0, help="Processes of each rank that read ahead; worth it for large pictures.")
+    int,
+    typer.Option(
+        "--workers", metavar="N", min=0, max=MAX_WORKERS, help="Processes of each rank that read ahead; worth it for large pictures."
+    ),
 ]
 OnBadSample = Annotated[
     Literal["fail", "skip", "quarantine"], typer.Option("--on-bad-sample", help="What to do with a sample that cannot be read.")
 ]
 MaxBadFraction = Annotated[
     float,
-    typer.Option("--max-bad-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Give up with exit code 3 when more than this is bad."),
+    typer.Option(
+        "--max-bad-fraction",
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Give up with exit code 3 when more than this is bad.",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again: delete what mmgen wrote in --out, and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
@@ -99,7 +122,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 
 # particular to one or two commands
 Validation = Annotated[str | None, typer.Option("--val", metavar="SHARDS", help="Validate on these instead of the val split of SHARDS.")]
-Check = Annotated[int, typer.Option("--check", metavar="N", min=0, help="Decode so many samples again and report how close they are.")]
+Check = Annotated[
+    int, typer.Option("--check", metavar="N", min=0, max=MAX_COUNT, help="Decode so many samples again and report how close they are.")
+]
 Tasks = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="NAME", help="A task of the recipe. Repeatable. Default: all whose context the prompts have."),
@@ -108,7 +133,7 @@ Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="On
 Image = Annotated[
     Path | None, typer.Option("--image", metavar="FILE", exists=True, dir_okay=False, help="The picture that goes with --prompt.")
 ]
-NumSamples = Annotated[int, typer.Option("--num-samples", metavar="N", min=1, help="Samples per prompt.")]
+NumSamples = Annotated[int, typer.Option("--num-samples", metavar="N", min=1, max=MAX_SAMPLES, help="Samples per prompt.")]
 SaveFiles = Annotated[bool, typer.Option("--save-files", help="Also write every output as an ordinary file.")]
 Tools = Annotated[
     Path | None,

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-
-from stages.model import covers, meta_model
+from stages.model import count_parameters, covers, meta_model, on_meta
 from stages.parts.backbones import BackboneConfig, MoEConfig
 from stages.parts.config import PartConfig
 from stages.recipe import Phase, Port, Recipe
@@ -52,9 +50,11 @@ class Part:
 def weights_of(recipe: Recipe) -> dict[str, int]:
     """Every weight a run of this recipe could hold, by address → number of elements; the model's and its autoencoders'."""
     sizes = {name: parameter.numel() for name, parameter in meta_model(recipe).named_parameters()}
-    with torch.device("meta"):
-        for name, config in recipe.autoencoders.items():
-            sizes |= {f"autoencoders.{name}.{key}": value.numel() for key, value in config.build().named_parameters()}
+    for name, config in recipe.autoencoders.items():
+        sizes |= {
+            f"autoencoders.{name}.{key}": value.numel()
+            for key, value in on_meta(config.build, address=f"autoencoders.{name}").named_parameters()
+        }
     return sizes
 
 
@@ -63,8 +63,7 @@ def model_size(recipe: Recipe) -> int:
     nothing but a tokenizer, the autoencoder without its discriminator."""
     if recipe.encoders or recipe.backbones:
         return sum(parameter.numel() for parameter in meta_model(recipe).parameters())
-    with torch.device("meta"):
-        return sum(parameter.numel() for config in recipe.autoencoders.values() for parameter in config.build().parameters())
+    return sum(count_parameters(on_meta(config.build)) for config in recipe.autoencoders.values())
 
 
 def active_size(recipe: Recipe) -> int:

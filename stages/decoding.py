@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from stages.errors import RecipeError
+from stages.errors import GuardError, RecipeError
 from stages.model import Model
 from stages.parts.backbones import Arrangement, KeyValueCache, Transformer
 from stages.parts.heads.linear import LinearHead
@@ -174,8 +174,8 @@ class Session:
         return [sample_generator(self.seed, prompt.key, prompt.stream, self.num_written) for prompt in self.prompts]
 
     def guided(self, output: Tensor, t: float | None = None) -> Tensor:
-        """(passes · b, ...) predictions → (b, ...) guided ones."""
-        return self.guide.combine(output.chunk(self.passes)[: len(self.guide.passes(t))])
+        """(passes · b, ...) predictions → (b, ...) guided ones. GuardError where they are not finite."""
+        return finite(self.guide.combine(output.chunk(self.passes)[: len(self.guide.passes(t))]))
 
     # text
 
@@ -201,7 +201,7 @@ class Session:
                 if place % UNIFORMS == 0:
                     uniforms = sample_uniforms(generators, (UNIFORMS,), device=self.device)
                 logits = self.model.predict(spec.port, self.last if guide else self.last[: self.b])
-                ids = sampler.choose(self.guided(logits) if guide else logits, uniforms[:, place % UNIFORMS])
+                ids = sampler.choose(self.guided(logits) if guide else finite(logits), uniforms[:, place % UNIFORMS])
                 tokens = ids.tolist()
                 stopping = [i for i in living if tokens[i] in stop or tokens[i] in switch]
                 joining = [i for i in living if tokens[i] not in switch]
@@ -328,6 +328,7 @@ class Session:
                 self.write(self.repeat([after if on else [] for on in active]))
         if channels is None:
             return content.reshape(self.b, *grid)
+        finite(content)
         if port.encoder:
             return content.reshape(self.b, length, -1)
         return unpatchify(content.reshape(self.b, length, -1), (grid[0], grid[1]), port.patch_size)
@@ -509,6 +510,16 @@ class Session:
         hidden = self.model.hidden(replace(batch, ports={**batch.ports, name: rows}), self.cache, network=self.network)
         self.cache.commit(batch.layout)
         self.last = self._last_of(hidden, written)
+
+
+def finite(predicted: Tensor) -> Tensor:
+    """The same, for nothing is drawn from NaN or infinity: GuardError."""
+    if not predicted.sum(dtype=torch.float32).isfinite() and not predicted.isfinite().all():  # a sum takes a tenth of the time
+        raise GuardError(
+            "the model predicts NaN or infinity, and nothing can be drawn from that",
+            hint="a lower guidance_scale or --dtype fp32 may help; else the training has failed, and an earlier checkpoint is needed",
+        )
+    return predicted
 
 
 def split_open(rows: Sequence[Sequence[Segment]], network: str | None) -> tuple[list[list[Segment]], list[list[Segment]]]:

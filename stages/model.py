@@ -7,16 +7,20 @@ between systems is which ports there are. The state dict's names are the recipe'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from stages import ranks
 from stages.errors import GuardError, RecipeError
 from stages.parts.backbones import KeyValueCache, Load, MoEConfig, Transformer, balance
+from stages.parts.config import built_at
 from stages.parts.connectors.queries import Queries
 from stages.parts.connectors.scales import accumulated_maps
 from stages.parts.layers import MaskVector, TimestepEmbedding, sincos_2d
@@ -24,6 +28,9 @@ from stages.parts.quantizers import MultiScaleVQ
 from stages.recipe import Port, Recipe, backbone_of, vocabulary_owner
 from stages.sequence.segment import Batch, Content, PortRows
 
+MAX_TENSORS = 2**17  # of one network: four times those of the largest published mixture of experts
+FLOAT_BYTES = 4
+Module = TypeVar("Module", bound=nn.Module)
 ID_PLACES = 0.1  # embeddings start at a standard deviation of 0.02: whole sines would drown them
 
 
@@ -86,13 +93,21 @@ class Model(nn.Module):
         self.recipe = recipe
         self.quantizers: dict[str, MultiScaleVQ] = {}
         self.slices = vocabulary_slices(recipe)
-        self.encoders = nn.ModuleDict({name: config.build(**_encoder_inputs(recipe, name)) for name, config in recipe.encoders.items()})
+        self.encoders = nn.ModuleDict({name: self._build_encoder(name) for name in recipe.encoders})
         self.backbones = nn.ModuleDict({name: config.build() for name, config in recipe.backbones.items()})
         self.ports = nn.ModuleDict({name: self._build_port(name) for name in recipe.ports})
         used = {objective for phase in recipe.phases for task in phase.tasks for objective in recipe.tasks[task].objectives}
         self.objectives = nn.ModuleDict({name: recipe.objectives[name].build() for name in recipe.objectives if name in used})  # type: ignore[attr-defined]
 
+    def _build_encoder(self, name: str) -> nn.Module:
+        with built_at(f"encoders.{name}"):
+            return self.recipe.encoders[name].build(**_encoder_inputs(self.recipe, name))
+
     def _build_port(self, name: str) -> PortModule:
+        with built_at(f"ports.{name}"):
+            return self._port(name)
+
+    def _port(self, name: str) -> PortModule:
         port = self.recipe.ports[name]
         backbone = self.recipe.backbones.get(backbone_of(self.recipe, port)) if port.enters == "sequence" else None
         width = backbone.width if backbone is not None else 0
@@ -456,21 +471,51 @@ def _own_inits(module: nn.Module) -> Iterable[Any]:
 
 
 def build_model(recipe: Recipe, seed: int, device: str | torch.device = "cpu") -> Model:
-    """The recipe's model with fresh weights, a function of (recipe, seed) alone.
+    """The recipe's model with fresh weights, a function of (recipe, seed) alone. RecipeError where this machine cannot hold it.
 
     Parts without an `init_weights` (convolutions) start as torch starts them, under a seed of their own.
     """
     with torch.random.fork_rng(devices=[]):
+        check_memory(meta_model(recipe), f"recipe '{recipe.name}' at size '{recipe.size}'")
         torch.manual_seed(seed)
         model = Model(recipe)
         model.init_weights(torch.Generator().manual_seed(seed))
     return model.to(device)
 
 
-def meta_model(recipe: Recipe) -> Model:
-    """The same model without memory: shapes and counts only."""
-    with torch.device("meta"):
-        return Model(recipe)
+def meta_model(recipe: Recipe, most: int = MAX_TENSORS) -> Model:
+    """The same model without memory: shapes and counts only. RecipeError where it has more than `most` tensors."""
+    return on_meta(lambda: Model(recipe), most)
+
+
+def on_meta(build: Callable[[], Module], most: int = MAX_TENSORS, address: str = "") -> Module:
+    """A module without memory. It is given up as soon as it has more than `most` tensors (RecipeError), so that a recipe from a stranger
+    costs no more time than that. address: whose numbers they are, where the module is one part."""
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise RecipeError(f"the recipe describes a network of more than {most:,} tensors")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"), built_at(address) if address else nullcontext():
+            return build()
+    finally:
+        handle.remove()
+
+
+def check_memory(module: nn.Module, what: str) -> None:
+    """RecipeError where the weights of a module, which is given on the meta device, are more than this machine's memory."""
+    needed = FLOAT_BYTES * count_parameters(module)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise RecipeError(
+            f"{what}: its {needed // FLOAT_BYTES:,} parameters take {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f} GiB",
+            hint="a smaller --size, or --set its widths and depths; --dry-run prints what a run takes",
+        )
 
 
 def count_parameters(module: nn.Module) -> int:

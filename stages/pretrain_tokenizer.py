@@ -23,7 +23,7 @@ from stages.data.stream import spool_folder
 from stages.errors import DataError, GuardError, RecipeError, nearest
 from stages.metrics.codebook import perplexity, usage
 from stages.metrics.psnr import psnr
-from stages.model import count_parameters, set_trainable
+from stages.model import check_memory, count_parameters, on_meta, set_trainable
 from stages.options import RunOptions
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.autoencoders.kl_cnn import KLAutoencoder
@@ -198,6 +198,8 @@ class Learner(nn.Module):
     def __init__(self, recipe: Recipe, plan: Plan, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # convolutions start as torch starts them
+            address, config = f"autoencoders.{plan.autoencoder}", recipe.autoencoders[plan.autoencoder]
+            check_memory(on_meta(config.build, address=address), address)
             torch.manual_seed(seed)
             self.autoencoders = nn.ModuleDict({plan.autoencoder: recipe.autoencoders[plan.autoencoder].build()})
             self.objectives = nn.ModuleDict({plan.objective: plan.config.build()})

@@ -15,12 +15,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from stages.errors import RecipeError, nearest
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
-from stages.parts.config import PartConfig, parse_part
+from stages.parts.config import (
+    MAX_NAMES,
+    Below1,
+    Fraction,
+    Length,
+    Names,
+    PartConfig,
+    Pixels,
+    Strict,
+    Updates,
+    Weight,
+    first_problem,
+    parse_part,
+    shown,
+    told,
+)
 from stages.parts.connectors import CONNECTORS, EmbeddingScalesConfig
 from stages.parts.encoders import ENCODERS, EncoderConfig
 from stages.parts.heads import HEADS
@@ -35,13 +50,11 @@ RECIPES = Path(__file__).parent / "recipes"
 FROM_NO_FIELD = (Content.QUERIES, Content.HIDDEN)  # segments that are not filled with anything of the sample
 HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
+MAX_BYTES = 2**20  # of a recipe file; the longest that is shipped has 2% of it
+MAX_VOCABULARY = 2**24  # entries that one embedding can have
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
-
-
-class Strict(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+LearningRate = Annotated[float, Field(ge=0, le=1e3)]  # 1e3 and more is no number anybody trains with
+FIELD = r"\{[a-z_]+(?:\.[a-z_]+)*\}"  # of a text: the name of a field in braces, and nothing else that braces may mean elsewhere
 
 
 class _PartProblem(ValueError):
@@ -69,11 +82,11 @@ class Paper(Strict):
 
     arxiv: str
     title: str = ""
-    parameters: float | None = None  # a count; without one, `nominal` says what is printed about the size
+    parameters: float | None = Field(default=None, ge=0, le=1e15)  # a count; without one, `nominal` says what is printed about the size
     parameters_source: str = ""
     nominal: str = ""
     status: Literal["published", "reconstruction", "nearest-public"] = "published"
-    differs: tuple[str, ...] = ()
+    differs: Names = ()
 
 
 class Markers(Strict):
@@ -97,11 +110,11 @@ class Port(Strict):
     encoder: str = ""
     autoencoder: str = ""
     select: Literal["tokens", "pooled"] = "tokens"
-    count: int = Field(default=0, ge=0)  # of queries
-    of: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()  # of hidden rows
-    skip_rows: int = Field(default=0, ge=0)  # of those, at the front
+    count: int = Field(default=0, ge=0, le=65_536)  # of queries
+    of: Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()  # of hidden rows
+    skip_rows: int = Field(default=0, ge=0, le=65_536)  # of those, at the front
     view: Annotated[Any, _part(VIEWS)] = None
-    patch_size: int = 1
+    patch_size: Pixels = 1
     connector: Annotated[Any, _part(CONNECTORS)] = None
     head: Annotated[Any, _part(HEADS)] = None
     objective: Annotated[RowObjective | None, _part(ROW_OBJECTIVES)] = None
@@ -111,10 +124,10 @@ class Port(Strict):
     grid_embedding: Literal["none", "sincos-2d"] = "none"  # added to every token: where it stands in its picture
     expert: str = ""
     timestep: Literal["none", "add", "token", "modulation"] = "none"  # token: a row of its own before the others
-    hidden_from: tuple[str, ...] = ()  # ports whose rows never see this port's
+    hidden_from: Names = ()  # ports whose rows never see this port's
     markers: Markers = Markers()
     null_condition: Literal["remove", "hold", "empty", "pad"] = "remove"
-    loss_weight: float = 1.0
+    loss_weight: Weight = 1.0
 
     @property
     def is_ids(self) -> bool:
@@ -134,18 +147,33 @@ class SegmentSpec(Strict):
     text: str = ""
     role: Role = Role.CONTEXT
     mask: MaskKind | None = None
-    weight: float | None = None
-    timestep_range: tuple[float, float] = (0.0, 1.0)
+    weight: Weight | None = None
+    timestep_range: tuple[Fraction, Fraction] = (0.0, 1.0)
     merge: bool = False
     optional: bool = False
-    cond_dropout_prob: float = Field(default=0.0, ge=0.0, le=1.0)
+    cond_dropout_prob: Fraction = 0.0
     drop_group: str = ""
-    max_tokens: int | None = Field(default=None, ge=1)  # of a text that is written: at most so many, where the sampler allows more
+    max_tokens: Length | None = None  # of a text that is written: at most so many, where the sampler allows more
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _from_clean_to_noise(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"the first bound must not be above the second, found {list(bounds)}")
+        return bounds
+
+    @field_validator("text")
+    @classmethod
+    def _braces_hold_fields(cls, text: str) -> str:
+        left = re.sub(FIELD, "", text)
+        if "{" in left or "}" in left or any("__" in name for name in re.findall(FIELD, text)):
+            raise ValueError(f"braces in a text hold the name of a field and nothing else, as in {{caption}} (found {shown(text)})")
+        return text
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of a sample it reads, in order."""
-        return (self.field,) if self.field else tuple(re.findall(r"\{([a-z_.]+)\}", self.text))
+        return (self.field,) if self.field else tuple(name[1:-1] for name in re.findall(FIELD, self.text))
 
     @property
     def group(self) -> str:
@@ -157,15 +185,15 @@ class EachSpec(Strict):
     """Segments repeated over a list field: turns of a dialogue, questions about one picture."""
 
     each: str
-    segments: tuple[SegmentSpec, ...]
-    limit: int = 0  # at most so many records a sample and epoch, drawn anew each time; 0 = all
+    segments: tuple[SegmentSpec, ...] = Field(max_length=MAX_NAMES)
+    limit: int = Field(default=0, ge=0, le=10**9)  # at most so many records a sample and epoch, drawn anew each time; 0 = all
 
 
 class Task(Strict):
     """What a training example of one kind looks like: its segments, in order."""
 
-    segments: tuple[SegmentSpec | EachSpec, ...] = Field(min_length=1)
-    objectives: tuple[str, ...] = ()
+    segments: tuple[SegmentSpec | EachSpec, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    objectives: Names = ()
     then: str = ""  # when sampling: the task that goes on with the features this one wrote
 
     def flat(self) -> Iterator[SegmentSpec]:
@@ -187,20 +215,20 @@ class Phase(Strict):
 
     name: str
     stage: Stage
-    tasks: dict[str, float] = {}
+    tasks: dict[str, Weight] = Field(default={}, max_length=MAX_NAMES)
     mix: Literal["sample", "every-step"] = "sample"
-    trainable: tuple[str, ...] = ("*",)
-    frozen: tuple[str, ...] = ()
-    steps: int = Field(ge=0)
-    batch_size: int | None = Field(default=None, ge=1)
-    batch_tokens: int | None = Field(default=None, ge=1)
-    lr: float | dict[str, float] = 1e-4
-    warmup_steps: int = 0
+    trainable: Names = ("*",)
+    frozen: Names = ()
+    steps: Updates
+    batch_size: int | None = Field(default=None, ge=1, le=2**20)
+    batch_tokens: int | None = Field(default=None, ge=1, le=2**26)  # five times the largest of the shipped recipes
+    lr: LearningRate | dict[str, LearningRate] = 1e-4
+    warmup_steps: Updates = 0
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    ema_decay: float | None = None
+    weight_decay: Weight = 0.0
+    betas: tuple[Below1, Below1] = (0.9, 0.95)
+    grad_clip: float = Field(default=1.0, gt=0, le=1e12)  # a large one clips nothing
+    ema_decay: Below1 | None = None
     reduce: Literal["own-tokens", "all-tokens"] = "own-tokens"
 
 
@@ -212,16 +240,18 @@ class Recipe(Strict):
     size: str = "small"
     paper: Paper
     scope: str = ""
-    tokenizers: dict[str, Annotated[TokenizerConfig, _part(TOKENIZERS)]] = {}
-    encoders: dict[str, Annotated[EncoderConfig, _part(ENCODERS)]] = {}
-    autoencoders: dict[str, Annotated[AutoencoderConfig, _part(AUTOENCODERS)]] = {}
-    backbones: dict[str, Annotated[BackboneConfig, _part(BACKBONES)]] = {}
-    ports: dict[str, Port] = {}
-    objectives: dict[str, Annotated[PartConfig, _part(OBJECTIVES)]] = {}
-    tasks: dict[str, Task] = {}
-    phases: tuple[Phase, ...] = ()
-    sample: dict[str, Annotated[SamplerConfig, BeforeValidator(lambda table: _sampler(table))]] = {}
-    init_from: dict[str, str] = {}  # address → where its weights start, from the parts' own `init_from` keys
+    tokenizers: dict[str, Annotated[TokenizerConfig, _part(TOKENIZERS)]] = Field(default={}, max_length=MAX_NAMES)
+    encoders: dict[str, Annotated[EncoderConfig, _part(ENCODERS)]] = Field(default={}, max_length=MAX_NAMES)
+    autoencoders: dict[str, Annotated[AutoencoderConfig, _part(AUTOENCODERS)]] = Field(default={}, max_length=MAX_NAMES)
+    backbones: dict[str, Annotated[BackboneConfig, _part(BACKBONES)]] = Field(default={}, max_length=MAX_NAMES)
+    ports: dict[str, Port] = Field(default={}, max_length=MAX_NAMES)
+    objectives: dict[str, Annotated[PartConfig, _part(OBJECTIVES)]] = Field(default={}, max_length=MAX_NAMES)
+    tasks: dict[str, Task] = Field(default={}, max_length=MAX_NAMES)
+    phases: tuple[Phase, ...] = Field(default=(), max_length=MAX_NAMES)
+    sample: dict[str, Annotated[SamplerConfig, BeforeValidator(lambda table: _sampler(table))]] = Field(default={}, max_length=MAX_NAMES)
+    init_from: dict[str, str] = Field(
+        default={}, max_length=MAX_NAMES
+    )  # address → where its weights start, from the parts' own `init_from` keys
     source: dict[str, Any] = Field(default={}, repr=False, exclude=True)  # the merged tables, to be written out again
 
     def to_toml(self) -> str:
@@ -270,11 +300,13 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
     """
     path = _find(name_or_path)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{path}: {path.stat().st_size:,} bytes are too many for a recipe, expected at most {MAX_BYTES:,}")
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and what Python says of an integer of thousands of digits
         raise RecipeError(f"{path}: this is not TOML: {error}") from None
     name, family = tables.pop("name", path.stem), tables.pop("family", path.parent.name)
     resolved_size = tables.pop("size", None)
@@ -356,7 +388,7 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
         raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as phases.joint.steps=200")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text  # a bare word is a string
     change: Any = value
     for key in reversed(address.strip().split(".")):
@@ -390,8 +422,8 @@ def _validate(tables: dict[str, Any], name: str, family: str, size: str, *, wher
 
 def _explain(error: ValidationError, where: str, text: str, phases: Any) -> RecipeError:
     """pydantic's first complaint in our words: file, line, key, what was found, the nearest valid key."""
-    first = error.errors()[0]
-    location = [str(step) for step in first["loc"] if step not in ("SegmentSpec", "EachSpec")]
+    first, place = first_problem(error)
+    location = [str(step) for step in place]
     if location[0] == "phases" and len(location) > 1 and isinstance(phases, list):  # by its name, as --set says it
         phase = phases[int(location[1])]
         location[1] = str(phase.get("name", location[1])) if isinstance(phase, dict) else location[1]
@@ -399,15 +431,12 @@ def _explain(error: ValidationError, where: str, text: str, phases: Any) -> Reci
     hint = ""
     problem = first.get("ctx", {}).get("error")
     if isinstance(problem, _PartProblem):
-        told = problem.problem.message.replace(HERE, key) if HERE in problem.problem.message else f"{key}: {problem.problem.message}"
-        return RecipeError(f"{where}{_line_of(told, text)}: {told}", hint=problem.problem.hint)
-    message = first["msg"].removeprefix("Value error, ")
+        message = problem.problem.message.replace(HERE, key) if HERE in problem.problem.message else f"{key}: {problem.problem.message}"
+        return RecipeError(f"{where}{_line_of(message, text)}: {message}", hint=problem.problem.hint)
     if first["type"] == "extra_forbidden":
         model = _model_at([step for step in first["loc"][:-1] if isinstance(step, str)])
-        message = "there is no such key"
         hint = nearest(location[-1], model.model_fields) if model is not None else ""
-    found = "" if first["type"] in ("extra_forbidden", "missing") else f" (found {first['input']!r:.80})"
-    return RecipeError(f"{where}{_line_of(key, text)}: {key}: {message}{found}", hint=hint)
+    return RecipeError(f"{where}{_line_of(key, text)}: {key}: {told(first)}", hint=hint)
 
 
 def _model_at(location: list[str]) -> type[BaseModel] | None:

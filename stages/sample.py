@@ -37,7 +37,7 @@ from stages.sequence.plan import Planner, features_field
 from stages.sequence.segment import Content, MaskKind, Role
 from stages.tools.controller import STEPS, Controller, planning_task, tally
 from stages.tools.toolbox import Toolbox, open_tools
-from stages.training.checkpoint import checkpoint_input, fingerprint, load_model
+from stages.training.checkpoint import checkpoint_input, fingerprint, load_model, sides_in
 from stages.training.loop import deterministic, resolve_device
 from stages.travelling import encode_picture, load_travelling
 
@@ -45,6 +45,7 @@ GROUP = 64  # prompts that are answered together, one tar of them; fixed, so tha
 PROMPT_KEY = "prompt"
 FREE = "free"  # the task without a recipe's task: the model decides where words end and pictures begin
 FREE_PARTS = 6
+MAX_TOKENS = 2**16  # of one picture: what attention over it costs grows with their square
 
 
 @dataclass(frozen=True)
@@ -486,9 +487,11 @@ class Writer:
     def grid(self, segment: SegmentSpec) -> tuple[int, ...]:
         """The shape of a picture's tokens, mostly rows and columns: what the model was trained on."""
         grids = self.config.get("grids", {})
-        if segment.port not in grids:
+        if not isinstance(grids, dict) or segment.port not in grids:
             raise RecipeError(f"the checkpoint does not say how large the pictures of '{segment.port}' are")
-        return tuple(grids[segment.port])
+        port = self.recipe.ports[segment.port]
+        axes = (2,) if port.content == Content.LATENTS and port.autoencoder else (1, 2, 3)
+        return sides_in(grids[segment.port], f"config.json: grids.{segment.port}", axes, MAX_TOKENS)
 
     def decode(self, name: str, content: Tensor) -> list[np.ndarray]:
         """Codes or latents → uint8 pictures (H, W, 3)."""

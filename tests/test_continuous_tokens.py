@@ -185,7 +185,7 @@ def test_every_weight_of_the_port_learns(model: Model) -> None:
         (['ports.latents.objective.predict="noise"'], "predicted noise says nothing"),
         (['ports.latents.head.decoder={width=16, depth=1, heads=2}', 'ports.latents.connector={kind="masked-encoder", width=24, depth=1, heads=2}'], "24 wide"),
         (['ports.codes.head={kind="diffusion-mlp", width=8}', 'ports.codes.vocabulary="own"'], "'diffusion-mlp' does not fit"),
-        (['ports.latents.connector={kind="masked-encoder", width=24, depth=1, heads=5}'], "does not divide into 5 heads"),
+        (['ports.latents.connector={kind="masked-encoder", width=24, depth=1, heads=5}'], "heads must divide the width 24"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_go_together(sets: list[str], message: str) -> None:

@@ -279,7 +279,7 @@ def recipe_from_clip(frozen: list[str]) -> Recipe:
 def test_starts_are_looked_at(world: World, tmp_path: Path) -> None:
     """A checkpoint that fits, one of another network, one that is not there, and one that would have to be fetched."""
     recipe = world.recipe(mixed_recipe())
-    other = world.recipe(mixed_recipe("backbones.lm.width=36"))
+    other = world.recipe(mixed_recipe("backbones.lm.width=36", "backbones.lm.head_dim=8"))
     for name, held in (("fits", recipe), ("narrow", other)):
         save_checkpoint(tmp_path / name, held, build_model(held, 0).state_dict(), tokenizers=world.tokenizers)
     before = files(tmp_path)

@@ -15,7 +15,7 @@ from stages.recipe import RECIPES, SIZES, Recipe, load_recipe, recipe_names
 SHIPPED = sorted(recipe_names())
 SIZED = (
     MIXED.replace('size = "tiny"\n', "")
-    + "[sizes.tiny]\nbackbones.lm = { width = 24 }\n[sizes.small]\nphases.joint = { steps = 77 }\n[sizes.paper]\n"
+    + "[sizes.tiny]\nbackbones.lm = { width = 24, heads = 3, kv_heads = 1 }\n[sizes.small]\nphases.joint = { steps = 77 }\n[sizes.paper]\n"
 )
 
 
@@ -107,6 +107,7 @@ def test_overrides_reach_any_address_and_are_written_into_the_resolved_form() ->
         sets=[
             "phases.joint.steps=3",
             "backbones.lm.width=72",
+            "backbones.lm.heads=9",
             'ports.text.objective={kind="next-token", z_loss=0.5}',
             "sample.text.max_tokens=4",
             "ports.codes.mask=causal",
@@ -385,7 +386,7 @@ def test_a_stage_without_a_phase_says_which_stages_there_are() -> None:
         ("phases.join.steps=3", "there is no phase 'join'"),
         ("phases.joint.step=3", "there is no such key"),
         ("backbones.lm.widht=8", "'transformer' has no such key"),
-        ("phases.joint.steps=-1", "greater than or equal to 0"),
+        ("phases.joint.steps=-1", "expected at least 0"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong_with_it(assignment: str, message: str) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
+from stages.parts.config import Count, Ratio, Size, Strict, whole_heads
 from stages.parts.encoders.clip import ClipBlock, TowerConfig
 from stages.parts.layers import LayerNorm, sincos_2d
 
@@ -20,20 +21,17 @@ EPS = 1e-6
 Grids = Sequence[tuple[int, ...]]
 
 
-class BlocksConfig(BaseModel):
+class BlocksConfig(Strict):
     """Sizes of a stack of blocks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    width: int = Field(ge=1)
-    depth: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    width: Size
+    depth: Count
+    heads: Count
+    mlp_ratio: Ratio = 4.0
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        whole_heads(self.width, self.heads)
         return self
 
 

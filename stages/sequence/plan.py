@@ -22,12 +22,12 @@ from stages.parts.layers import patchify
 from stages.parts.tokenizers import TextTokenizer
 from stages.parts.tokenizers.text import PAD
 from stages.parts.views.square import to_tensor
-from stages.recipe import EachSpec, Port, Recipe, SegmentSpec, Task, backbone_of
+from stages.recipe import FIELD, EachSpec, Port, Recipe, SegmentSpec, Task, backbone_of
 from stages.sequence.positions import positions_of
 from stages.sequence.segment import Content, MaskKind, PositionKind, Role, Segment, Sequence
 
 TEXTS_KEPT, LONG_TEXT = 200_000, 200
-PLACEHOLDER = re.compile(r"(\{[a-z_.]+\})")
+PLACEHOLDER = re.compile(f"({FIELD})")
 
 
 class MissingField(DataError):
@@ -368,15 +368,15 @@ class Planner:
         """Literals may hold special tokens, fields never do; each piece is tokenized on its own, so a mask can never be off by one."""
         tokenizer = self.tokenizers[port.tokenizer]
         ids: list[int] = []
-        for piece in PLACEHOLDER.split(spec.text) if spec.text else [f"{{{spec.field}}}"]:
+        for place, piece in enumerate(PLACEHOLDER.split(spec.text) if spec.text else ("", f"{{{spec.field}}}")):
             if not piece:
                 continue
-            if PLACEHOLDER.fullmatch(piece):
+            if place % 2:
                 name = piece[1:-1]
                 if empty:
                     continue
                 if values is sample.fields and f"{name}.ids" in values and self.written_ids.get(f"{name}.ids") == port.tokenizer:
-                    ids += values[f"{name}.ids"].tolist()
+                    ids += self._written(tokenizer, name, values, sample)
                 else:
                     ids += self._field_ids(tokenizer, name, values, sample)
                 continue
@@ -385,6 +385,18 @@ class Planner:
                 self._literals[known] = tokenizer.encode(piece, special=True)
             ids += self._literals[known]
         return ids
+
+    def _written(self, tokenizer: TextTokenizer, name: str, values: Mapping[str, Any], sample: Sample) -> list[int]:
+        """The ids that stand in the shards. The text, where it is there too, is tokenized again if they are none of a text."""
+        ids: list[int] = values[f"{name}.ids"].tolist()
+        if tokenizer.is_text(ids):
+            return ids
+        if name not in values:
+            raise DataError(
+                f"{sample.source or sample.key}: '{name}.ids' holds ids of special tokens or outside the vocabulary, which no text has",
+                hint=f"`mmgen tokenize` writes it anew from '{name}'",
+            )
+        return self._field_ids(tokenizer, name, values, sample)
 
     def _field_ids(self, tokenizer: TextTokenizer, name: str, values: Mapping[str, Any], sample: Sample) -> list[int]:
         if name not in values:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from stages.errors import DataError, UsageError
+from stages.errors import DataError, RecipeError, UsageError
 from stages.escape import file_name, markdown, visible
 from stages.files import copy_tokenizer, write_atomic
-from stages.model import Model, build_model, count_parameters, covers
+from stages.model import Model, build_model, count_parameters, covers, meta_model, on_meta
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
+from stages.parts.config import MAX_PIXELS, shown
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.recipe import Recipe, Stage, load_recipe
 
@@ -46,6 +47,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values, on the meta device: only the header is read. DataError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
 
@@ -137,8 +147,8 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load every tensor; missing, unexpected and reshaped ones are an error that lists them."""
+def check_same(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """DataError that lists the tensors of a module that are missing, unexpected or of another shape, if there are any."""
     own = module.state_dict()
     missing = sorted(set(own) - set(tensors))
     unexpected = sorted(set(tensors) - set(own))
@@ -154,7 +164,41 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
                 + ", ".join(names[:6])
                 + (" …" if len(names) > 6 else "")
             )
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """DataError that names the first tensors that hold NaN or infinity, if any do. One pass: a sum has no finite value where they are."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point()
+        and not tensor.is_meta
+        and not tensor.sum(dtype=torch.float32).isfinite()
+        and not tensor.isfinite().all()
+    ]
+    if bad:
+        raise DataError(
+            f"{where}: {len(bad)} of {len(tensors)} weights are not finite: {', '.join(bad[:6])}" + (" …" if len(bad) > 6 else ""),
+            hint="the training that wrote them has failed; take an earlier checkpoint",
+        )
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load every tensor; missing, unexpected and reshaped ones, and numbers that are not finite, are an error that lists them."""
+    check_same(module, tensors, where)
     module.load_state_dict(dict(tensors))
+    check_finite(module.state_dict(), where)  # as they are computed with: a file may hold float64 that overflows
+
+
+def described(build: Callable[[int], nn.Module], held: Mapping[str, Tensor], where: Path) -> nn.Module:
+    """What a recipe describes, on the meta device, to be compared with what the weights beside it hold before any memory is taken.
+
+    `build` is told how many tensors it may make. DataError where they are far more than the file has.
+    """
+    try:
+        return build(2 * len(held) + 64)  # a part may make a tensor that it then replaces
+    except RecipeError as error:
+        raise DataError(f"{where}: holds {len(held)} tensors, and recipe.toml beside it describes others: {error.message}") from None
 
 
 @dataclass(frozen=True)
@@ -193,11 +237,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def load_model(folder: Path, device: str = "cpu", *, untrained: bool = False, seed: int = 0) -> tuple[Checkpoint, Model]:
     """The model of a checkpoint, in evaluation mode; `untrained` leaves the fresh weights, as a control."""
     checkpoint = open_checkpoint(folder)
-    model = build_model(checkpoint.recipe, seed)
-    if not model.state_dict():
+    weights = folder / WEIGHTS
+    held = read_shapes(weights) if weights.is_file() else {}
+    expected = described(lambda most: meta_model(checkpoint.recipe, most), held, weights)
+    if not expected.state_dict():
         raise UsageError(f"{folder}: a tokenizer ({checkpoint.recipe.name}), expected a model", hint="align and train-unified write models")
+    check_same(expected, held, str(weights))
+    model = build_model(checkpoint.recipe, seed)
     if not untrained:
-        load_strict(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+        load_strict(model, read_weights(weights), str(weights))
     return checkpoint, model.to(device).eval()
 
 
@@ -207,11 +255,17 @@ def load_autoencoder(folder: Path, device: str = "cpu") -> Autoencoder:
     if len(recipe.autoencoders) != 1:
         raise UsageError(f"{folder}: expected the checkpoint of one autoencoder, its recipe has {len(recipe.autoencoders)}")
     name, config = next(iter(recipe.autoencoders.items()))
+    prefix, weights = f"autoencoders.{name}.", folder / WEIGHTS
+    held = without_prefix(read_shapes(weights), prefix)
+    check_same(described(lambda most: on_meta(config.build, most, f"autoencoders.{name}"), held, weights), held, str(weights))
     autoencoder = config.build()
-    prefix = f"autoencoders.{name}."
-    tensors = {key.removeprefix(prefix): value for key, value in read_weights(folder / WEIGHTS).items() if key.startswith(prefix)}
-    load_strict(autoencoder, tensors, str(folder / WEIGHTS))
+    load_strict(autoencoder, without_prefix(read_weights(weights), prefix), str(weights))
     return autoencoder.to(device).eval()
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part, by their names within it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def load_any_tokenizer(folder: Path, device: str = "cpu") -> TextTokenizer | Autoencoder:
@@ -306,7 +360,17 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     return described
 
 
-def describe_autoencoder(config: AutoencoderConfig, picture_size: Sequence[int] | None) -> dict[str, Any]:
+def sides_in(value: Any, where: str, axes: Sequence[int], most: int) -> tuple[int, ...]:
+    """The sides of a picture that config.json gives, in pixels or tokens: as many as one of `axes`. DataError for anything else, and for
+    more than `most` pixels or tokens in all."""
+    whole = isinstance(value, list) and len(value) in axes and all(type(side) is int and side >= 1 for side in value)
+    if not whole or math.prod(value) > most:
+        wanted = " or ".join(map(str, axes))
+        raise DataError(f"{where}: expected a list of {wanted} whole numbers, at most {most:,} together, found {shown(value)}")
+    return tuple(value)
+
+
+def describe_autoencoder(config: AutoencoderConfig, picture_size: Any) -> dict[str, Any]:
     """What an image tokenizer makes of a picture, with numbers for pictures of the size (H, W) it was trained on where that is known.
 
     `bits_per_pixel`: each code is worth log2 of the vocabulary. Latents are real numbers, counted as `floats_per_pixel`.
@@ -318,7 +382,7 @@ def describe_autoencoder(config: AutoencoderConfig, picture_size: Sequence[int] 
     }
     if picture_size is None:
         return described
-    height, width = picture_size
+    height, width = sides_in(picture_size, "config.json: picture_size", (2,), MAX_PIXELS**2)
     grid = config.grid(height, width)
     described |= {"picture_size": [height, width], "grid": list(grid)}
     if config.codebook_size is None:

@@ -38,7 +38,7 @@ from stages.parts.backbones.gguf_file import read_gguf
 from stages.parts.tokenizers import ReleasedTokenizerConfig, TextTokenizer
 from stages.recipe import Recipe
 from stages.training import released_model as whole
-from stages.training.checkpoint import checkpoint_input, init_part, is_unfinished
+from stages.training.checkpoint import check_finite, checkpoint_input, init_part, is_unfinished
 from stages.training.released_network import fill_network
 
 FAMILIES = ("autoencoders", "backbones", whole.ADDRESS)  # of parts whose released weights are read
@@ -156,8 +156,15 @@ def with_released_scale(recipe: Recipe, starts: Iterable[Start]) -> Recipe:
 def fill(learner: nn.Module, start: Start, text: Mapping[str, TextTokenizer] | None = None) -> str:
     """Put one start into the weights of `learner`, whose names are addresses; returns what was done, in words.
 
-    text: the recipe's text tokenizers, which say whether a language model's vocabulary is theirs.
+    text: the recipe's text tokenizers, which say whether a language model's vocabulary is theirs. DataError where what was put there is
+    not finite.
     """
+    done = _fill(learner, start, text)
+    check_finite({name: tensor for name, tensor in learner.state_dict().items() if covers(start.filled, name)}, start.spec)
+    return done
+
+
+def _fill(learner: nn.Module, start: Start, text: Mapping[str, TextTokenizer] | None) -> str:
     if start.released is None:
         source = f"{start.path}#{start.inside}" if start.inside else str(start.path)
         return f"{', '.join(init_part(learner, start.address, Path(source)))} from {start.spec}"

@@ -85,7 +85,7 @@ class Stream:
         own: list[Sequence] = []
         taken = tokens = targets = skipped = 0
         size, budget = self.phase.batch_size, self.phase.batch_tokens or DEFAULT_BATCH_TOKENS
-        while taken < size if size else tokens < budget:
+        while taken < size if size else tokens < budget and taken < budget:  # a sample may be empty, and all of them
             if not self._ahead:
                 self._look_ahead()
             planned = self._ahead[0]
@@ -102,6 +102,11 @@ class Stream:
             taken, tokens, targets = taken + 1, tokens + planned.length, targets + planned.targets
             if planned.sequence is not None:
                 own.append(planned.sequence)
+        if not size and not tokens:
+            raise DataError(
+                f"{taken:,} samples in a row have no token, so they fill no batch of {budget:,} tokens",
+                hint=f"write phases.{self.phase.name}.batch_size for tasks without a sequence, or look at their fields with `mmgen inspect`",
+            )
         batch = pack(own or [self._onlooker(first)])
         if tokens and not targets:
             raise GuardError(

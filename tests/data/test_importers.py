@@ -183,6 +183,7 @@ def test_an_import_streams_its_training_split(tmp_path: Path, capfdbinary: pytes
         ("folder", ".", {"val_fraction": 1.5}, "--val-fraction 1.5"),
         ("scenes", None, {"level": 9}, "--level 9: the levels are 0 to 4"),
         ("scenes", None, {"count": 0}, "--count 0"),
+        ("scenes", None, {"count": 10**12}, "--count 1000000000000"),
         ("openmoji", None, {"background": "white; x"}, "--background"),
         ("openmoji", None, {"val_fraction": 0.6, "heldout_fraction": 0.5}, "leave some for train"),
         ("shards", ".", {"map": ["cls"]}, "--map cls: expected OLD=NEW"),

@@ -254,7 +254,7 @@ def test_paper_sizes_have_the_published_numbers_of_parameters(config: Autoencode
         ({"kind": "cnn", "quantizer": {"kind": "vg"}}, "no 'vg'"),
         ({"kind": "cnn", "quantizer": {"kind": "vq", "codebook": 5}}, "no such key"),
         ({"kind": "kl-cnn", "quantizer": {"kind": "vq"}}, "no such key"),
-        ({"kind": "vit", "width": 30, "heads": 4}, "multiple of heads"),
+        ({"kind": "vit", "width": 30, "heads": 4}, "heads must divide"),
         ({"kind": "vit-1d", "image_size": 250}, "multiple of downsample"),
         ({"kind": "strided-cnn", "downsample": 6}, "power of two"),
         ({"kind": "strided-cnn", "levels": 2, "latent_channels": 5}, "must be even"),

@@ -148,7 +148,7 @@ def test_the_start_is_a_function_of_the_generator_and_every_weight_has_one(encod
 
 
 def test_a_config_that_cannot_be_built_is_explained():
-    with pytest.raises(RecipeError, match=r"encoders\.clip.*width 12 does not divide into 5 heads"):
+    with pytest.raises(RecipeError, match=r"encoders\.clip.*heads must divide the width 12, found 5"):
         parse_part(ENCODERS, {"kind": "clip-vit", **VIT, "heads": 5}, "encoders.clip")
     with pytest.raises(RecipeError, match=r"layer -5 of a tower of depth 3 is not in \[-4, 3\]"):
         parse_part(ENCODERS, {"kind": "clip-text", **TEXT, "layer": -5}, "encoders.clip")

@@ -114,9 +114,9 @@ def test_the_timestep_embedding_turns_t_into_sinusoids_of_1000_t() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if not kind.startswith("embedding")])
 def test_every_connector_of_vectors_keeps_the_tokens_and_lets_gradients_through(kind: str) -> None:
     sizes = {name: number for name, number in {"width": 8, "depth": 1, "heads": 2}.items() if name in CONNECTORS[kind].model_fields}
-    connector = CONNECTORS[kind](**sizes).build(5, 12)
+    connector = CONNECTORS[kind](**sizes).build(8, 12)
     connector.init_weights(Generator().manual_seed(0))
-    values = noise(6, 5).requires_grad_()
+    values = noise(6, 8).requires_grad_()
     out = connector(values, [(2, 3)])
     out = out[0] if isinstance(out, tuple) else out  # beside it what the port's head will want
     assert out.shape == (6, 12)

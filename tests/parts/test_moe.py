@@ -286,7 +286,7 @@ def test_the_router_starts_nearly_even() -> None:
 @pytest.mark.parametrize(
     ("mlp", "message"),
     [
-        ({"kind": "moe", "experts": 4}, r"backbones\.lm\.mlp\.top_k: Field required"),
+        ({"kind": "moe", "experts": 4}, r"backbones\.lm\.mlp\.top_k: is missing"),
         ({"kind": "moe", "experts": 2, "top_k": 3}, r"backbones\.lm\.mlp: .*top_k is 3, but there are 2 experts"),
         ({"kind": "moe", "experts": 2, "top_k": 1, "share": 1}, r"backbones\.lm\.mlp\.share: 'moe' has no such key"),
         ({"kind": "mo", "experts": 2}, r"backbones\.lm\.mlp\.kind: there is no 'mo'"),

@@ -407,6 +407,7 @@ def test_temperature_zero_takes_the_likeliest_and_top_one_too():
     logits = torch.randn(6, 9, generator=Generator().manual_seed(0))
     uniforms = torch.rand(6, generator=Generator().manual_seed(1))
     assert torch.equal(sample_logits(logits, uniforms, temperature=0), logits.argmax(-1))
+    assert torch.equal(sample_logits(logits, uniforms, temperature=1e-300), logits.argmax(-1))  # no division that overflows
     assert torch.equal(sample_logits(logits, uniforms, top_k=1), logits.argmax(-1))
 
 

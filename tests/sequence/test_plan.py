@@ -9,6 +9,7 @@ import torch
 from worlds import CAPTIONS, MIXED, mixed_recipe, planner_of, recipe_from, sample_of, text_tokenizer
 
 from stages.data.sample import Sample
+from stages.errors import DataError
 from stages.recipe import Recipe, SegmentSpec
 from stages.sequence.masks import may_attend
 from stages.sequence.pack import lay_out
@@ -222,6 +223,17 @@ def test_ids_that_came_with_the_shards_are_read_only_when_this_tokenizer_wrote_t
     assert told(planner.plan(sample, "draw", Random(0)).segments)[0] == f"<t2i><sot>{CAPTIONS[1]}<eot>"
     planner.trust_ids({"caption.ids": TOKENIZER.fingerprint})
     assert planner.plan(sample, "draw", Random(0)).segments[0].payload.tolist()[2:-1] == [40, 41, 42]
+
+
+@pytest.mark.parametrize("ids", [[40, TOKENIZER.special_id("<soi>")], [40, 10**6], [-1, 40], [TOKENIZER.special_id("<eos>")]])
+def test_ids_that_no_text_has_are_not_believed_whoever_is_said_to_have_written_them(ids: list[int]) -> None:
+    sample = sample_of(1, **{"caption.ids": np.array(ids)})
+    planner = planner_of(BASE)
+    planner.trust_ids({"caption.ids": TOKENIZER.fingerprint})
+    assert told(planner.plan(sample, "draw", Random(0)).segments)[0] == f"<t2i><sot>{CAPTIONS[1]}<eot>"
+    del sample.fields["caption"]
+    with pytest.raises(DataError, match=r"'caption\.ids' holds ids of special tokens or outside the vocabulary"):
+        planner.plan(sample, "draw", Random(0))
 
 
 # dropped conditions

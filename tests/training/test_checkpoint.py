@@ -205,7 +205,7 @@ def test_an_expert_can_be_named_as_source_and_as_target(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_an_error_that_says_why(tmp_path: Path) -> None:
     model = build_model(RECIPE, 0)
-    source = saved(tmp_path / "wide", mixed_recipe("backbones.lm.width=72"))
+    source = saved(tmp_path / "wide", mixed_recipe("backbones.lm.width=72", "backbones.lm.head_dim=8"))
     with pytest.raises(
         UsageError,
         match=r"--init backbones\.lm=.*backbones\.lm does not fit: \d+ weights differ in name or shape, first backbones\.lm\.\S+: \[72.*\] there, \[\d+.*\] here",
@@ -228,7 +228,7 @@ def tokenizer_only(folder: Path) -> Path:
 def test_a_failed_start_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = build_model(RECIPE, 0)
     with pytest.raises(UsageError):
-        init_part(model, "backbones.lm", saved(tmp_path / "wide", mixed_recipe("backbones.lm.width=72")))
+        init_part(model, "backbones.lm", saved(tmp_path / "wide", mixed_recipe("backbones.lm.width=72", "backbones.lm.head_dim=8")))
     assert all(torch.equal(value, build_model(RECIPE, 0).state_dict()[name]) for name, value in model.state_dict().items())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import World, mixed_recipe, planner_of, sample_of
+from worlds import World, make_world, mixed_recipe, planner_of, sample_of
 
 from stages.data.sample import Sample, encode_field
 from stages.data.shards import Shards, ShardWriter, open_shards
@@ -126,6 +126,14 @@ def test_samples_longer_than_a_batch_are_left_out_and_counted(shards: Shards) ->
 def test_samples_that_are_all_too_long_are_an_error_and_not_an_endless_loop(shards: Shards) -> None:
     with pytest.raises(DataError, match="every sample is longer than a batch of 5 tokens"):
         stream_of(shards, batch_size=None, batch_tokens=5).next_batch()
+
+
+def test_samples_without_any_token_are_an_error_and_not_an_endless_loop(tmp_path: Path) -> None:
+    empty = make_world(tmp_path, RECIPE, [sample_of(number, caption="") for number in range(3)])
+    recipe = mixed_recipe('tasks.read.segments=[{port="text", text="{caption}", role="target"}]')
+    stream = stream_of(open_shards(str(empty.shards), split="train"), recipe=recipe, tasks={"read": 1.0}, batch_size=None, batch_tokens=50)
+    with pytest.raises(DataError, match="have no token"):
+        stream.next_batch()
 
 
 def test_a_batch_without_a_supervised_token_is_an_error_that_names_samples(shards: Shards) -> None:

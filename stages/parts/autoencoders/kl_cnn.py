@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from stages.parts.autoencoders.autoencoder import Autoencoder, Reconstruction
 from stages.parts.autoencoders.cnn import ConvolutionalConfig, Decoder, Encoder
+from stages.parts.config import Count, Pixels, Positive, Scale, Size
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as published: keeps exp() finite in float32
 
@@ -27,13 +28,13 @@ class KLCNNConfig(ConvolutionalConfig):
     """
 
     kind: Literal["kl-cnn"] = "kl-cnn"
-    downsample: int = Field(default=8, ge=1)
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    downsample: Pixels = 8
+    multipliers: tuple[Count, ...] = Field(default=(1, 2, 4, 4), max_length=16)
     attention: bool = False
-    latent_channels: int = Field(default=4, ge=1)
+    latent_channels: Size = 4
     pointwise: bool = True
-    latent_shift: float = 0.0
-    latent_scale: float | None = Field(default=None, gt=0)
+    latent_shift: Scale = 0.0
+    latent_scale: Positive | None = None
     store: str = "latents"
 
     def build(self) -> "KLAutoencoder":

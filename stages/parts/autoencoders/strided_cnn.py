@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from stages.errors import DataError
 from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
+from stages.parts.config import Size
 from stages.parts.quantizers import Quantized, Quantizer, QuantizerConfig, VQConfig
 
 
@@ -33,12 +34,12 @@ class StridedCNNConfig(DiscreteConfig):
     """
 
     kind: Literal["strided-cnn"] = "strided-cnn"
-    downsample: int = Field(default=4, ge=2)
+    downsample: int = Field(default=4, ge=2, le=8192)
     levels: Literal[1, 2] = 1
-    channels: int = Field(default=256, ge=2)
-    residual_channels: int = Field(default=256, ge=1)
-    residual_blocks: int = Field(default=2, ge=0)
-    latent_channels: int = Field(default=64, ge=1)
+    channels: int = Field(default=256, ge=2, le=65_536)
+    residual_channels: Size = 256
+    residual_blocks: int = Field(default=2, ge=0, le=1024)
+    latent_channels: Size = 64
     quantizer: SerializeAsAny[QuantizerConfig] = VQConfig(codebook_size=512, codebook_dim=64)
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
+from stages.parts.config import Count, Pixels, Ratio, Size, whole_heads
 from stages.parts.layers import sincos_2d
 from stages.parts.quantizers import QuantizerConfig, VQConfig
 
@@ -24,18 +25,18 @@ class ViTConfig(DiscreteConfig):
     model, both ways; `decoder_depth` makes the decoder deeper or shallower than the encoder."""
 
     kind: Literal["vit"] = "vit"
-    downsample: int = Field(default=8, ge=1)
-    width: int = Field(default=768, ge=4)
-    depth: int = Field(default=12, ge=1)
-    decoder_depth: int | None = Field(default=None, ge=1)  # that of the encoder if not given
-    heads: int = Field(default=12, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    latent_channels: int = Field(default=32, ge=1)
+    downsample: Pixels = 8
+    width: int = Field(default=768, ge=4, le=65_536)
+    depth: Count = 12
+    decoder_depth: Count | None = None  # that of the encoder if not given
+    heads: Count = 12
+    mlp_ratio: Ratio = 4.0
+    latent_channels: Size = 32
     quantizer: SerializeAsAny[QuantizerConfig] = VQConfig(codebook_size=8192, codebook_dim=32, l2_normalize=True)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ViTConfig":
-        check_heads(self.width, self.heads)
+        whole_heads(self.width, self.heads)
         return self
 
     def build(self) -> "ViTAutoencoder":
@@ -52,11 +53,6 @@ class ViTAutoencoder(DiscreteAutoencoder):
     @property
     def last_layer(self) -> Tensor:
         return self.decoder.to_patches.weight
-
-
-def check_heads(width: int, heads: int) -> None:
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads, found {width} and {heads}")
 
 
 class Block(nn.Module):

@@ -22,7 +22,8 @@ from torch import Generator, Tensor, nn
 from stages.errors import DataError
 from stages.parts.autoencoders.autoencoder import Reconstruction
 from stages.parts.autoencoders.discrete import DiscreteAutoencoder, DiscreteConfig
-from stages.parts.autoencoders.vit import blocks, check_heads, grid_of, tokens_of
+from stages.parts.autoencoders.vit import blocks, grid_of, tokens_of
+from stages.parts.config import Count, Length, Pixels, Ratio, Size, whole_heads
 from stages.parts.quantizers import QuantizerConfig, VQConfig
 
 
@@ -31,19 +32,19 @@ class ViT1DConfig(DiscreteConfig):
     defaults are TiTok-L-32."""
 
     kind: Literal["vit-1d"] = "vit-1d"
-    image_size: int = Field(default=256, ge=1)
-    num_latents: int = Field(default=32, ge=1)
-    downsample: int = Field(default=16, ge=1)
-    width: int = Field(default=1024, ge=4)
-    depth: int = Field(default=24, ge=1)
-    heads: int = Field(default=16, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    latent_channels: int = Field(default=12, ge=1)
+    image_size: Pixels = 256
+    num_latents: Length = 32
+    downsample: Pixels = 16
+    width: int = Field(default=1024, ge=4, le=65_536)
+    depth: Count = 24
+    heads: Count = 16
+    mlp_ratio: Ratio = 4.0
+    latent_channels: Size = 12
     quantizer: SerializeAsAny[QuantizerConfig] = VQConfig(codebook_size=4096, codebook_dim=12, l2_normalize=True)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ViT1DConfig":
-        check_heads(self.width, self.heads)
+        whole_heads(self.width, self.heads)
         if self.image_size % self.downsample:
             raise ValueError(f"image_size must be a multiple of downsample, found {self.image_size} and {self.downsample}")
         if self.quantizer.code_shape(1, self.num_latents) != (1, self.num_latents):

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
 from stages import ranks
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Weight
 from stages.parts.layers import SwiGLU, init_linear
 
 ROUTER_STD = 0.02  # of the router's first weights, as the published Mixtral: nearly equal probabilities
@@ -35,10 +35,10 @@ class MoEConfig(PartConfig):
     """
 
     kind: Literal["moe"] = "moe"
-    experts: int = Field(ge=1)
-    top_k: int = Field(ge=1)
-    shared: int = Field(default=0, ge=0)
-    balance_weight: float = Field(default=0.01, ge=0.0)
+    experts: Count
+    top_k: Count
+    shared: int = Field(default=0, ge=0, le=1024)
+    balance_weight: Weight = 0.01
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

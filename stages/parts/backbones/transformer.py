@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Generator, Tensor, nn
 
 from stages.parts.backbones.modulation import (
@@ -30,13 +30,14 @@ from stages.parts.backbones.modulation import (
     shifted,
 )
 from stages.parts.backbones.moe import Load, MoE, MoEConfig
-from stages.parts.config import PartConfig, parse_part
+from stages.parts.config import MAX_NAMES, Below1, Count, Epsilon, Even, PartConfig, Positive, Ratio, Size, parse_part, whole_heads
 from stages.parts.layers import NORMS, GeluMLP, HeadNorm, LayerNorm, NormKind, RMSNorm, SwiGLU, init_linear
 from stages.parts.packed import Packed
 from stages.sequence.masks import additive, is_causal, may_attend
 from stages.sequence.segment import Layout
 
 Duplicated = Literal["norm", "qkv", "out", "mlp", "modulation"]
+MAX_STACKS = 2**16  # feed-forward networks of one transformer: twice those of the largest published mixtures
 ROLES: tuple[Duplicated, ...] = ("norm", "qkv", "out", "mlp", "modulation")
 
 
@@ -49,10 +50,18 @@ class RopeScalingConfig(PartConfig):
     """
 
     kind: Literal["llama3", "linear"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_length: int = Field(default=8192, ge=1, le=2**30)
+
+    @model_validator(mode="after")
+    def _frequencies_in_order(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor must be more than low_freq_factor, found {self.high_freq_factor} and {self.low_freq_factor}"
+            )
+        return self
 
     def slower(self, rate: Tensor) -> Tensor:
         """Radians a position → the same, scaled."""
@@ -71,8 +80,8 @@ class RopeConfig(PartConfig):
     fast and slow ones (Mogao, arXiv:2505.05472; Qwen3-VL)."""
 
     kind: Literal["rope"] = "rope"
-    theta: float = 10000.0
-    axes: tuple[int, int, int] | None = None
+    theta: float = Field(default=10000.0, gt=0, le=1e12)
+    axes: tuple[Even, Even, Even] | None = None
     scaling: RopeScalingConfig | None = None
     rates: Literal["cut", "of-its-own", "interleaved"] = "cut"
 
@@ -81,7 +90,7 @@ class NormConfig(PartConfig):
     """Which normalisation, and where: before each branch."""
 
     kind: NormKind = "rms"
-    eps: float = 1e-6
+    eps: Epsilon = 1e-6
 
 
 class MLPConfig(PartConfig):
@@ -103,27 +112,46 @@ class TransformerConfig(PartConfig):
     """
 
     kind: Literal["transformer"] = "transformer"
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_ratio: float = 4.0
+    width: Size
+    depth: Count
+    heads: Count
+    kv_heads: Count | None = None
+    head_dim: Size | None = None
+    mlp_ratio: Ratio = 4.0
     mlp: MLPConfig | MoEConfig = MLPConfig()
     norm: NormConfig = NormConfig()
     qk_norm: bool | NormKind | Literal["layer-per-head"] = False
     bias: Literal["none", "qkv", "all"] = "none"
     rope: RopeConfig = RopeConfig()
-    experts: tuple[str, ...] = ("main",)
-    duplicate: tuple[Duplicated, ...] = ROLES
+    experts: tuple[str, ...] = Field(default=("main",), min_length=1, max_length=MAX_NAMES)
+    duplicate: tuple[Duplicated, ...] = Field(default=ROLES, max_length=len(ROLES))
     expert_init: Literal["random", "copy"] = "random"
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Below1 = 0.0
     modulation: ModulationKind = "none"
 
     @field_validator("mlp", mode="before")
     @classmethod
     def _parse_mlp(cls, table: Any) -> Any:
         return parse_part(MLPS, table, "mlp") if isinstance(table, Mapping) else table
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.head_dim is None:
+            whole_heads(self.width, self.heads)
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads must divide heads = {self.heads}, found {self.kv_heads}")
+        if self.attention_dim % 2:
+            raise ValueError(f"head_dim must be even, since its channels turn in pairs, found {self.attention_dim}")
+        if self.rope.axes is not None and sum(self.rope.axes) != self.attention_dim:
+            raise ValueError(f"rope.axes must add up to the {self.attention_dim} channels of a head, found {list(self.rope.axes)}")
+        if not self.mlp_width:
+            raise ValueError(f"mlp_ratio = {self.mlp_ratio} leaves no hidden unit for the width {self.width}")
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts must have different names, found {', '.join(self.experts)}")
+        stacks = self.depth * len(self.experts) * (self.mlp.experts if isinstance(self.mlp, MoEConfig) else 1)
+        if stacks > MAX_STACKS:
+            raise ValueError(f"depth and experts ask for {stacks:,} feed-forward networks, expected at most {MAX_STACKS:,}")
+        return self
 
     @property
     def attention_dim(self) -> int:

@@ -5,10 +5,9 @@ import math
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Size
 from stages.parts.layers import LayerNorm, init_linear
 from stages.parts.pictures import Grid, as_maps, as_tokens, through_pictures
 
@@ -19,8 +18,8 @@ class ConvNeXtConfig(PartConfig):
     for_pictures: ClassVar[bool] = True
 
     kind: Literal["convnext"] = "convnext"
-    depth: int = Field(default=2, ge=1)
-    dim: int | None = Field(default=None, ge=1)
+    depth: Count = 2
+    dim: Size | None = None
 
     def build(self, in_dim: int, out_dim: int) -> "ConvNeXtIn":
         return ConvNeXtIn(in_dim, self.dim or out_dim, out_dim, self.depth)

@@ -4,14 +4,14 @@ The semantic path is a tower of SigLIP's blocks over a picture's patches, each s
 Side by side they pass an RMSNorm and an MLP.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, Epsilon, PartConfig, Ratio, whole_heads
 from stages.parts.encoders.clip import Activation, ClipBlock, TowerConfig
 from stages.parts.layers import LayerNorm, RMSNorm, init_linear, sincos_2d
 from stages.parts.pictures import Grid, through_pictures
@@ -23,12 +23,17 @@ class DualPathConfig(PartConfig):
     for_pictures: ClassVar[bool] = True
 
     kind: Literal["dual-path"] = "dual-path"
-    width: int = Field(ge=4)
-    depth: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    mlp_ratio: float = 4.0
+    width: int = Field(ge=4, le=65_536)
+    depth: Count
+    heads: Count
+    mlp_ratio: Ratio = 4.0
     activation: Activation = "gelu-tanh"
-    eps: float = 1e-6
+    eps: Epsilon = 1e-6
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        whole_heads(self.width, self.heads)
+        return self
 
     def build(self, in_dim: int, out_dim: int) -> "DualPath":
         return DualPath(self, in_dim, out_dim)

@@ -4,10 +4,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Size
 from stages.parts.connectors.linear import Projection
 
 
@@ -25,8 +24,8 @@ class EmbeddingMLPConfig(PartConfig):
     codes into a network that does not share its words' table with them (Janus, arXiv:2410.13848, section 3.1)."""
 
     kind: Literal["embedding-mlp"] = "embedding-mlp"
-    dim: int = Field(default=8, ge=1)
-    depth: int = Field(default=2, ge=1)
+    dim: Size = 8
+    depth: Count = 2
 
     def build(self, rows: int, out_dim: int) -> "EmbeddingMLP":
         return EmbeddingMLP(rows, self.dim, out_dim, self.depth)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Size
 from stages.parts.layers import RMSNorm, init_linear
 
 
@@ -16,7 +16,7 @@ class LinearConfig(PartConfig):
     kind: Literal["linear"] = "linear"
     bias: bool = True
     norm: Literal["none", "rms"] = "none"  # of what comes in
-    dim: int | None = None  # the output, on ports that enter no backbone (the joint space of contrastive towers)
+    dim: Size | None = None  # the output, on ports that enter no backbone (the joint space of contrastive towers)
 
     def build(self, in_dim: int, out_dim: int) -> "Projection":
         return Projection([in_dim, self.dim or out_dim], bias=self.bias, norm=self.norm == "rms")
@@ -26,7 +26,7 @@ class MLPConfig(PartConfig):
     """`depth` matrices with GELU between them (LLaVA 1.5, arXiv:2310.03744)."""
 
     kind: Literal["mlp"] = "mlp"
-    depth: int = 2
+    depth: Count = 2
 
     def build(self, in_dim: int, out_dim: int) -> "Projection":
         return Projection([in_dim] + [out_dim] * self.depth)

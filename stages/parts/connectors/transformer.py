@@ -5,11 +5,10 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from stages.parts.backbones.transformer import Transformer, TransformerConfig
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Positive, Ratio
 from stages.parts.connectors.linear import Projection
 from stages.parts.layers import RMSNorm
 from stages.sequence.segment import Layout
@@ -20,13 +19,13 @@ class TransformerConnectorConfig(PartConfig):
     with GELU between them. projection = "before": a norm and the matrix first, the blocks at the width of where it goes. out_rms: the root mean square at which rows leave, the gain of a last norm (MetaQuery: the root of 5.5)."""
 
     kind: Literal["transformer"] = "transformer"
-    depth: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int | None = None
-    mlp_ratio: float = 4.0
+    depth: Count
+    heads: Count
+    kv_heads: Count | None = None
+    mlp_ratio: Ratio = 4.0
     qk_norm: bool = False
     projection: Literal["linear", "mlp", "before"] = "linear"
-    out_rms: float | None = Field(default=None, gt=0)
+    out_rms: Positive | None = None
 
     def build(self, in_dim: int, out_dim: int) -> "TransformerConnector":
         return TransformerConnector(self, in_dim, out_dim)

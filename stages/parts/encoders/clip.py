@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, Epsilon, Length, PartConfig, Pixels, Ratio, Size, whole_heads
 from stages.parts.layers import LayerNorm, init_linear
 
 Activation = Literal["quick-gelu", "gelu", "gelu-tanh"]
@@ -45,19 +45,18 @@ class Features(NamedTuple):
 class TowerConfig(PartConfig):
     """Sizes of a tower of pre-norm blocks, and which of its states is read."""
 
-    width: int = Field(ge=1)
-    depth: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    mlp_ratio: float = 4.0
+    width: Size
+    depth: Count
+    heads: Count
+    mlp_ratio: Ratio = 4.0
     activation: Activation = "quick-gelu"
-    eps: float = 1e-5  # of its norms
-    layer: int = -1
-    projection: int | None = Field(default=None, ge=1)
+    eps: Epsilon = 1e-5  # of its norms
+    layer: int = Field(default=-1, ge=-1025, le=1024)
+    projection: Size | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        whole_heads(self.width, self.heads)
         if not -self.depth - 1 <= self.layer <= self.depth:
             raise ValueError(f"layer {self.layer} of a tower of depth {self.depth} is not in [{-self.depth - 1}, {self.depth}]")
         return self
@@ -75,7 +74,7 @@ class TowerConfig(PartConfig):
 class PatchTowerConfig(TowerConfig):
     """A tower over the patches of a picture."""
 
-    patch_size: int = Field(ge=1)
+    patch_size: Pixels
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of height × width pixels."""
@@ -104,7 +103,7 @@ class ClipTextConfig(TowerConfig):
     """CLIP's text tower, for texts of up to `max_length` token ids."""
 
     kind: Literal["clip-text"] = "clip-text"
-    max_length: int = Field(default=77, ge=1)
+    max_length: Length = 77
 
     def build(self, vocab_size: int) -> "ClipText":
         return ClipText(self, vocab_size)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
+from stages.parts.config import Epsilon
 from stages.parts.encoders.clip import ACTIVATIONS, BLOCK_HF, Activation, ClipBlock, Features, PatchTowerConfig, joined, resize_positions
 from stages.parts.layers import LayerNorm, init_linear
 
@@ -25,7 +26,7 @@ class SiglipVitConfig(PatchTowerConfig):
 
     kind: Literal["siglip-vit"] = "siglip-vit"
     activation: Activation = "gelu-tanh"
-    eps: float = 1e-6
+    eps: Epsilon = 1e-6
     pool: Literal["mean", "attention"] = "mean"
 
     @model_validator(mode="after")

@@ -3,10 +3,9 @@ arXiv:2411.07975, section 3.2)."""
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Size
 from stages.parts.connectors.convnext import ConvNeXtIn
 from stages.parts.layers import LayerNorm
 from stages.parts.pictures import Grid
@@ -18,8 +17,8 @@ class ConvNeXtHeadConfig(PartConfig):
     for_pictures: ClassVar[bool] = True
 
     kind: Literal["convnext"] = "convnext"
-    depth: int = Field(default=2, ge=1)
-    dim: int | None = Field(default=None, ge=1)
+    depth: Count = 2
+    dim: Size | None = None
 
     def build(self, in_dim: int, out_dim: int, tied_to: nn.Module | None = None) -> "ConvNeXtHead":
         return ConvNeXtHead(in_dim, self.dim or in_dim, out_dim, self.depth)

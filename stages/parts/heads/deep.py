@@ -8,10 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Ratio, whole_heads
 from stages.parts.layers import TimestepEmbedding, init_linear
 from stages.parts.pictures import Grid, first_of_each, through_pictures
 
@@ -22,9 +21,9 @@ class DeepHeadConfig(PartConfig):
     for_pictures: ClassVar[bool] = True
 
     kind: Literal["deep"] = "deep"
-    depth: int = Field(default=10, ge=1)
-    heads: int = Field(default=16, ge=1)
-    mlp_ratio: float = 4.0
+    depth: Count = 10
+    heads: Count = 16
+    mlp_ratio: Ratio = 4.0
 
     def build(self, in_dim: int, out_dim: int, tied_to: nn.Module | None = None) -> "DeepHead":
         return DeepHead(self, in_dim, out_dim)
@@ -68,6 +67,7 @@ class DeepHead(nn.Module):
 
     def __init__(self, config: DeepHeadConfig, in_dim: int, out_dim: int) -> None:
         super().__init__()
+        whole_heads(in_dim, config.heads)
         self.time = TimestepEmbedding(in_dim)
         self.blocks = nn.ModuleList(ModulatedBlock(in_dim, config.heads, round(config.mlp_ratio * in_dim)) for _ in range(config.depth))
         self.modulation, self.outer = nn.Linear(in_dim, 2 * in_dim), nn.Linear(in_dim, out_dim)

@@ -9,10 +9,9 @@ added to what the connector kept of them (Harmon, arXiv:2503.21979, section 3.2)
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import Count, PartConfig, Size
 from stages.parts.layers import LayerNorm, TimestepEmbedding, init_linear
 from stages.parts.picture_blocks import EPS, BlocksConfig, Grids, PictureBlocks
 
@@ -21,8 +20,8 @@ class DiffusionMLPConfig(PartConfig):
     """`width` and `depth` of the MLP. `decoder`: blocks over the picture between the network and the MLP."""
 
     kind: Literal["diffusion-mlp"] = "diffusion-mlp"
-    width: int = Field(ge=1)
-    depth: int = Field(default=3, ge=1)
+    width: Size
+    depth: Count = 3
     decoder: BlocksConfig | None = None
 
     def build(self, in_dim: int, out_dim: int, tied_to: nn.Module | None = None) -> "DiffusionHead":

@@ -4,10 +4,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Size
 from stages.parts.heads.linear import LinearHead
 from stages.parts.layers import init_linear
 
@@ -16,7 +15,7 @@ class MLPHeadConfig(PartConfig):
     """`width` of the layer between, the backbone's own unless written."""
 
     kind: Literal["mlp"] = "mlp"
-    width: int | None = Field(default=None, ge=1)
+    width: Size | None = None
 
     def build(self, in_dim: int, out_dim: int, tied_to: nn.Module | None = None) -> "MLPHead":
         return MLPHead(in_dim, self.width or in_dim, out_dim)

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stages import ranks
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Updates, Weight
 
 
 class DiscriminatorConfig(PartConfig):
@@ -24,10 +24,10 @@ class DiscriminatorConfig(PartConfig):
     `lecam`: weight of the regularisation that keeps it from getting too sure of few pictures, 0 leaves it out.
     """
 
-    start_step: int = Field(default=0, ge=0)
+    start_step: Updates = 0
     adaptive: bool = True
     loss: Literal["hinge", "non-saturating"] = "hinge"
-    lecam: float = Field(default=0.0, ge=0)
+    lecam: Weight = 0.0
 
     def build(self) -> nn.Module:
         raise NotImplementedError
@@ -37,8 +37,8 @@ class PatchConfig(DiscriminatorConfig):
     """PatchGAN. The published norm is `batch`; `group` does not depend on the other pictures of a small batch."""
 
     kind: Literal["patch"] = "patch"
-    channels: int = Field(default=64, ge=8, multiple_of=8)
-    layers: int = Field(default=3, ge=1)
+    channels: int = Field(default=64, ge=8, le=65_536, multiple_of=8)
+    layers: int = Field(default=3, ge=1, le=12)
     norm: Literal["batch", "group"] = "batch"
 
     def build(self) -> nn.Module:

@@ -45,7 +45,7 @@ class LaplacianConfig(PerceptualConfig):
     """L1 distance of Laplacian pyramids (Lap1 of arXiv:1707.05776, section 3): the sum over octaves of the mean absolute difference."""
 
     kind: Literal["laplacian"] = "laplacian"
-    levels: int = Field(default=3, ge=1)
+    levels: int = Field(default=3, ge=1, le=12)
 
     def build(self) -> nn.Module:
         return Laplacian(self)

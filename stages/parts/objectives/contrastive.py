@@ -13,10 +13,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Positive, Weight
 
 Normalise = Literal["softmax", "sigmoid"]
 MAX_LOGIT_SCALE = 100.0  # CLIP clips its learned scale here, for stability
@@ -31,8 +30,8 @@ class ContrastiveConfig(PartConfig):
     kind: Literal["contrastive"] = "contrastive"
     between: tuple[str, str]
     normalise: Normalise = "softmax"
-    temperature: float | None = Field(default=None, gt=0)
-    weight: float = 1.0
+    temperature: Positive | None = None
+    weight: Weight = 1.0
 
     def build(self) -> "Contrastive":
         default = 0.07 if self.normalise == "softmax" else 0.1

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Positive
 from stages.parts.prediction import target
 from stages.parts.schedules import NOISE_SCHEDULES, draw_timesteps
 from stages.sequence.segment import PortRows
@@ -23,7 +23,7 @@ class NoisingConfig(PartConfig):
     schedule: Literal["linear", "cosine", "ddpm-linear", "scaled-linear"] = "linear"
     predict: Literal["noise", "velocity", "clean"] = "velocity"
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
-    timestep_shift: float = 1.0
+    timestep_shift: Positive = 1.0
 
     def loss(self, prediction: Tensor, goal: Tensor) -> Tensor:
         """Squared error, mean over channels: (n, c) → (n,)."""

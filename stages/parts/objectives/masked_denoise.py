@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from stages.parts.config import Count
 from stages.parts.objectives.denoise import NoisingConfig
 from stages.parts.objectives.masked_token import rank_within
 from stages.parts.prediction import target
@@ -35,7 +36,7 @@ class MaskedDenoiseConfig(NoisingConfig):
     samplers: ClassVar[tuple[str, ...]] = ("masked-denoise",)
     mask_ratio: Literal["truncated-normal", "cosine", "linear", "square"] = "truncated-normal"
     mask_ratio_min: float = Field(default=0.7, gt=0, lt=1)
-    repeats: int = Field(default=4, ge=1)
+    repeats: Count = 4
 
     def ratio(self, place: float) -> float:
         """The share to hide, where a uniform number in [0, 1) drew `place`."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Weight
 from stages.sequence.segment import PortRows
 
 
@@ -18,7 +18,7 @@ class NextTokenConfig(PartConfig):
     kind: Literal["next-token"] = "next-token"
     samplers: ClassVar[tuple[str, ...]] = ("autoregressive",)
     softmax: Literal["port", "vocabulary"] = "port"
-    z_loss: float = 0.0
+    z_loss: Weight = 0.0
 
     def corrupt(self, clean: PortRows, generator: Generator) -> PortRows:
         """Nothing is hidden; targets that have a row before them in their sample are read there."""

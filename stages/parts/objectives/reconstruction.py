@@ -11,33 +11,31 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import SerializeAsAny, field_validator, model_validator
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from stages.parts.autoencoders import Autoencoder
-from stages.parts.config import PartConfig, parse_part
+from stages.parts.config import PartConfig, Strict, Weight, parse_part
 from stages.parts.losses import DISCRIMINATORS, PERCEPTUAL, DiscriminatorConfig, LaplacianConfig, PerceptualConfig
 from stages.parts.losses.discriminator import LOSSES, LeCam, adaptive_weight
 
 
-class Terms(BaseModel):
+class Terms(Strict):
     """Weights; 0 leaves a term out. `kl` weights the KL of continuous latents, a codebook's losses carry their own weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    l1: float = Field(default=0.0, ge=0)
-    l2: float = Field(default=0.0, ge=0)
-    perceptual: float = Field(default=0.0, ge=0)
-    adversarial: float = Field(default=0.0, ge=0)
-    kl: float = Field(default=1e-6, ge=0)
+    l1: Weight = 0.0
+    l2: Weight = 0.0
+    perceptual: Weight = 0.0
+    adversarial: Weight = 0.0
+    kl: Weight = 1e-6
 
 
 class ReconstructionConfig(PartConfig):
     """Give the pictures of a port back (VQGAN, arXiv:2012.09841). A discriminator is needed exactly when `terms.adversarial` is."""
 
     kind: Literal["reconstruction"] = "reconstruction"
-    weight: float = 1.0
+    weight: Weight = 1.0
     port: str
     terms: Terms = Terms(l1=1.0)
     perceptual: SerializeAsAny[PerceptualConfig] = LaplacianConfig()

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from stages import ranks
+from stages.parts.config import Below1, Size, Weight
 from stages.parts.quantizers.quantizer import MAX_COUNTED, USAGE_DECAY, Quantizer, QuantizerConfig
 
 BLOCK_NUMBERS = 1 << 21  # distances computed at once: 8 MB, which stay in the cache
@@ -27,10 +28,10 @@ class CodebookConfig(QuantizerConfig):
     """The settings of a learned codebook."""
 
     codebook_size: int = Field(default=1024, ge=2, le=MAX_COUNTED)
-    codebook_dim: int = Field(default=256, ge=1)
-    commitment_weight: float = Field(default=0.25, ge=0)
-    decay: float = Field(default=0.0, ge=0, lt=1)
-    revive: float = Field(default=0.01, ge=0, lt=1)
+    codebook_dim: Size = 256
+    commitment_weight: Weight = 0.25
+    decay: Below1 = 0.0
+    revive: Below1 = 0.01
 
     @property
     def size(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
+from stages.parts.config import Count
 from stages.parts.quantizers.quantizer import Quantizer, QuantizerConfig, straight_through
 
 EPS = 1e-3  # how far the bounds stay inside the outermost half levels
@@ -22,13 +23,15 @@ class FSQConfig(QuantizerConfig):
     """Rounding to `levels` (arXiv:2309.15505). The default has 64,000 codes (table 1, about 2^16)."""
 
     kind: Literal["fsq"] = "fsq"
-    levels: tuple[int, ...] = Field(default=(8, 8, 8, 5, 5, 5), min_length=1)
+    levels: tuple[Count, ...] = Field(default=(8, 8, 8, 5, 5, 5), min_length=1, max_length=64)
 
     @field_validator("levels")
     @classmethod
     def _levels_have_a_middle(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
         if min(levels) < 3:
             raise ValueError("a number needs 3 levels at least; the paper advises 5")
+        if math.prod(levels) >= 2**62:
+            raise ValueError("the levels give more codes than an integer of 64 bits can count")
         return levels
 
     @property

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages import ranks
+from stages.parts.config import Positive, Size, Weight
 from stages.parts.quantizers.quantizer import MAX_COUNTED, Quantizer, QuantizerConfig
 
 BLOCK_NUMBERS = 1 << 22  # products kept at once: 16 MB
@@ -29,10 +30,10 @@ class IBQConfig(QuantizerConfig):
 
     kind: Literal["ibq"] = "ibq"
     codebook_size: int = Field(default=16384, ge=2, le=MAX_COUNTED)
-    codebook_dim: int = Field(default=256, ge=1)
-    codebook_weight: float = Field(default=0.25, ge=0)
-    entropy_weight: float = Field(default=0.05, ge=0)
-    temperature: float = Field(default=0.01, gt=0)  # of the entropy loss
+    codebook_dim: Size = 256
+    codebook_weight: Weight = 0.25
+    entropy_weight: Weight = 0.05
+    temperature: Positive = 0.01  # of the entropy loss
 
     @property
     def size(self) -> int:

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from stages import ranks
+from stages.parts.config import Positive, Weight
 from stages.parts.quantizers.quantizer import Quantizer, QuantizerConfig, straight_through
 
 
@@ -31,11 +32,11 @@ class LFQConfig(QuantizerConfig):
     kind: Literal["lfq"] = "lfq"
     bits: int = Field(default=18, ge=1, le=62)
     bit_order: Literal["most-significant-first", "least-significant-first"] = "most-significant-first"
-    entropy_weight: float = Field(default=0.1, ge=0)
-    diversity: float = Field(default=1.0, ge=0)  # of H(E p), in units of E H(p)
-    temperature: float = Field(default=0.01, gt=0)
+    entropy_weight: Weight = 0.1
+    diversity: Weight = 1.0  # of H(E p), in units of E H(p)
+    temperature: Positive = 0.01
     joint_bits: int = Field(default=18, ge=1, le=20)
-    commitment_weight: float = Field(default=0.25, ge=0)
+    commitment_weight: Weight = 0.25
 
     @property
     def size(self) -> int:

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
 from stages.errors import DataError
+from stages.parts.config import Count, Fraction, Pixels, Size
 from stages.parts.quantizers.codebook import CodebookConfig, CodebookQuantizer, nearest_codes
 from stages.parts.quantizers.quantizer import MAX_COUNTED, Quantized, straight_through, to_grid, to_rows
 
@@ -29,11 +30,11 @@ class MultiScaleConfig(CodebookConfig):
 
     kind: Literal["multi-scale"] = "multi-scale"
     codebook_size: int = Field(default=4096, ge=2, le=MAX_COUNTED)
-    codebook_dim: int = Field(default=32, ge=1)
-    kernel_size: int = Field(default=3, ge=1)
-    sides: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), min_length=1)
-    phis: int = Field(default=4, ge=1)
-    phi_ratio: float = Field(default=0.5, ge=0, le=1)
+    codebook_dim: Size = 32
+    kernel_size: int = Field(default=3, ge=1, le=31)
+    sides: tuple[Pixels, ...] = Field(default=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), min_length=1, max_length=64)
+    phis: Count = 4
+    phi_ratio: Fraction = 0.5
 
     @field_validator("sides")
     @classmethod

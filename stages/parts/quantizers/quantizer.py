@@ -34,8 +34,8 @@ class QuantizerConfig(PartConfig):
     """Settings of a quantizer; `build(in_dim)` gives the module for latents of that width."""
 
     project: bool = True  # convolutions from the latents to the codes' width and back; without, latents have that width already
-    kernel_size: int = Field(default=1, ge=1)  # of those convolutions: 3 in VAR
-    min_perplexity: float = Field(default=0.0, ge=0)  # training stops where the codebook falls below
+    kernel_size: int = Field(default=1, ge=1, le=31)  # of those convolutions: 3 in VAR
+    min_perplexity: float = Field(default=0.0, ge=0, le=MAX_COUNTED)  # training stops where the codebook falls below
 
     @field_validator("kernel_size")
     @classmethod

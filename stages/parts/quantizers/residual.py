@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
+from stages.parts.config import Below1
 from stages.parts.quantizers.codebook import CodebookConfig, CodebookQuantizer, nearest_codes
 from stages.parts.quantizers.quantizer import MAX_COUNTED, Quantized, straight_through, to_grid, to_rows
 
@@ -25,8 +26,8 @@ class ResidualConfig(CodebookConfig):
 
     kind: Literal["residual"] = "residual"
     codebook_size: int = Field(default=16384, ge=2, le=MAX_COUNTED)
-    decay: float = Field(default=0.99, ge=0, lt=1)
-    depth: int = Field(default=4, ge=1)
+    decay: Below1 = 0.99
+    depth: int = Field(default=4, ge=1, le=64)
     shared: bool = True  # one codebook for all levels
 
     def code_shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -17,9 +17,9 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Generator, Tensor
 
+from stages.parts.config import Fraction, Positive, Rounds
 from stages.parts.prediction import Prediction, clean_to_noise, estimates, velocity
 from stages.parts.samplers.guidance import SamplerConfig
 from stages.parts.samplers.noise import sample_normals
@@ -31,9 +31,9 @@ Denoiser = Callable[[Tensor, float], Tensor]
 class DenoiseSamplerConfig(SamplerConfig):
     """`timestep_shift`: none is the objective's. `clip`: clean estimates are kept in [-clip, clip], which suits pixels and not latents."""
 
-    num_steps: int = Field(default=50, ge=1)
-    timestep_shift: float | None = Field(default=None, gt=0)
-    clip: float | None = Field(default=None, gt=0)
+    num_steps: Rounds = 50
+    timestep_shift: Positive | None = None
+    clip: Positive | None = None
 
     def times(self, timestep_shift: float = 1.0) -> Tensor:
         """The grid of times (num_steps + 1,), shifted by the config's own shift or else by the objective's, which is the argument."""
@@ -56,7 +56,7 @@ class DdimConfig(DenoiseSamplerConfig):
     """First order; eta = 0 is deterministic, eta = 1 is ancestral DDPM (arXiv:2010.02502)."""
 
     kind: Literal["ddim"] = "ddim"
-    eta: float = Field(default=0.0, ge=0, le=1)
+    eta: Fraction = 0.0
 
 
 def sample_denoised(

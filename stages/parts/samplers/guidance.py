@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages.parts.config import PartConfig
+from stages.parts.config import MAX_NAMES, Fraction, Names, PartConfig, Scale, Strict
 
 Renorm = Literal["none", "global", "channel"]
 
@@ -39,21 +39,19 @@ def renormalised(value: Tensor, full: Tensor, renorm: Renorm) -> Tensor:
     return value * ratio.clamp(max=1.0)
 
 
-class GuidanceTerm(BaseModel):
+class GuidanceTerm(Strict):
     """One pass: the groups it drops, and the scale of what it contributes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    drop: tuple[str, ...]
-    scale: float = 1.0
+    drop: Names
+    scale: Scale = 1.0
 
 
 class GuidanceConfig(PartConfig):
     """Terms in order; active for noise levels t with interval[0] < t <= interval[1] (arXiv:2404.07724)."""
 
     kind: Literal["nested", "additive"] = "nested"
-    terms: tuple[GuidanceTerm, ...] = Field(min_length=1)
-    interval: tuple[float, float] = (0.0, 1.0)
+    terms: tuple[GuidanceTerm, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     renorm: Renorm = "none"
 
 
@@ -102,7 +100,7 @@ class Guide:
 class SamplerConfig(PartConfig):
     """What every sampler has: `guidance_scale` drops all conditions together; `guidance` says it term by term, instead."""
 
-    guidance_scale: float = 1.0
+    guidance_scale: Scale = 1.0
     guidance: GuidanceConfig | None = None
 
     @model_validator(mode="after")

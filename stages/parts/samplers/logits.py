@@ -10,17 +10,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stages.parts.config import Entries, Length, Temperature
 from stages.parts.samplers.guidance import SamplerConfig
+
+COLDEST = 1e-6  # below it only the likeliest id can be drawn, and a division by it may overflow
 
 
 class AutoregressiveConfig(SamplerConfig):
     """One token after another. `temperature = 0` takes the likeliest; `max_tokens` ends a segment that has no end of its own."""
 
     kind: Literal["autoregressive"] = "autoregressive"
-    temperature: float = Field(default=1.0, ge=0)
-    top_k: int | None = Field(default=None, ge=1)
+    temperature: Temperature = 1.0
+    top_k: Entries | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: Length = 256
 
     def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """The next ids (b,) from logits (b, v) and uniforms (b,) in [0, 1)."""
@@ -48,9 +51,9 @@ def sample_logits(
 ) -> Tensor:
     """Ids (b,) from logits (b, v) and uniform numbers (b,) in [0, 1); ids whose logit is -inf are never drawn.
 
-    The same uniform number always picks the same id; at temperature 0 it is not used.
+    The same uniform number always picks the same id; at temperature 0, and so near to it that this is the same, it is not used.
     """
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if top_k is not None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Generator, Tensor
 
 from stages.errors import nearest
+from stages.parts.config import Rounds, Temperature
 from stages.parts.samplers.guidance import SamplerConfig
 from stages.parts.samplers.logits import sample_logits
 from stages.parts.samplers.noise import sample_uniforms
@@ -30,10 +31,10 @@ class MaskedConfig(SamplerConfig):
     """
 
     kind: Literal["masked"] = "masked"
-    num_steps: int = Field(default=12, ge=1)
+    num_steps: Rounds = 12
     mask_schedule: str = "cosine"
-    temperature: float = Field(default=1.0, ge=0)
-    choice_temperature: float = Field(default=1.0, ge=0)
+    temperature: Temperature = 1.0
+    choice_temperature: Temperature = 1.0
     annealing: Annealing = "linear"
 
     @field_validator("mask_schedule")

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Literal, Protocol
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Generator, Tensor
 
 from stages.errors import nearest
+from stages.parts.config import Fraction, Positive, Rounds, Temperature
 from stages.parts.prediction import Prediction
 from stages.parts.samplers.denoise import sample_ddim
 from stages.parts.samplers.guidance import SamplerConfig
@@ -40,14 +41,14 @@ class MaskedDenoiseSamplerConfig(SamplerConfig):
     """
 
     kind: Literal["masked-denoise"] = "masked-denoise"
-    num_steps: int = Field(default=64, ge=1)
+    num_steps: Rounds = 64
     mask_schedule: str = "cosine"
-    head_steps: int = Field(default=100, ge=1)
-    eta: float = Field(default=1.0, ge=0, le=1)
-    temperature: float = Field(default=1.0, ge=0)
+    head_steps: Rounds = 100
+    eta: Fraction = 1.0
+    temperature: Temperature = 1.0
     guidance_schedule: Literal["constant", "linear"] = "constant"
-    timestep_shift: float | None = Field(default=None, gt=0)
-    clip: float | None = Field(default=None, gt=0)
+    timestep_shift: Positive | None = None
+    clip: Positive | None = None
 
     @field_validator("mask_schedule")
     @classmethod

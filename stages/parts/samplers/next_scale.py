@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from stages.parts.config import Entries, Temperature
 from stages.parts.samplers.guidance import SamplerConfig
 from stages.parts.samplers.logits import sample_logits
 
@@ -14,8 +15,8 @@ class NextScaleSamplerConfig(SamplerConfig):
     (1 + s) · cond - s · uncond, s grows to 1.5: that is guidance_scale = 2.5 here."""
 
     kind: Literal["next-scale"] = "next-scale"
-    temperature: float = Field(default=1.0, ge=0)
-    top_k: int | None = Field(default=None, ge=1)
+    temperature: Temperature = 1.0
+    top_k: Entries | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
     guidance_schedule: Literal["constant", "linear"] = "constant"
 

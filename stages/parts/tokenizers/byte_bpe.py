@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from stages.parts.config import Entries
 from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig
 
 BYTES = 256
@@ -19,7 +20,7 @@ class ByteBPEConfig(TokenizerConfig):
     """Byte-level BPE. `vocab_size` counts special tokens and bytes; training stops there or when no pair occurs twice."""
 
     kind: Literal["byte-bpe"] = "byte-bpe"
-    vocab_size: int = 2048
+    vocab_size: Entries = 2048
 
     @field_validator("special")
     @classmethod

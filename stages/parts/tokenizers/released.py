@@ -28,7 +28,7 @@ class ReleasedTokenizerConfig(TokenizerConfig):
     """
 
     kind: Literal["hf"] = "hf"
-    vocab_size: int = 0
+    vocab_size: int = Field(default=0, ge=0, le=2**22)
     names: Mapping[str, str] = Field(default_factory=dict)
 
     def written(self, token: str) -> str:

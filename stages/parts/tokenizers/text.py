@@ -9,16 +9,18 @@ fingerprint depends on the vocabulary, the merges and the settings, not on how o
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from stages.errors import DataError, MmgenError, RecipeError, UsageError, nearest
 from stages.files import write_atomic
 from stages.parts.backbones.gguf_file import tokenizer_of
-from stages.parts.config import PartConfig
+from stages.parts.config import MAX_ENTRIES, Entries, Names, PartConfig
 from stages.parts.tokenizers.picture_entries import without_codes
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
@@ -29,9 +31,9 @@ RECORD_KEYS = ("question", "answer", "text", "caption", "instruction")  # what i
 class TokenizerConfig(PartConfig):
     """What every text tokenizer is told: its size at most, its special tokens, and the fields it learns from and encodes."""
 
-    vocab_size: int
-    special: tuple[str, ...] = ()  # after <pad>, <bos> and <eos>, which are always there
-    fields: tuple[str, ...] = TEXT_FIELDS
+    vocab_size: Entries
+    special: Names = ()  # after <pad>, <bos> and <eos>, which are always there
+    fields: Names = TEXT_FIELDS
 
     def written(self, token: str) -> str:
         """What the table calls a special token."""
@@ -51,10 +53,15 @@ class TextTokenizer:
         self._tokenizer.encode_special_tokens = True  # "<eos>" inside a text is five letters
         found = {token: tokenizer.token_to_id(config.written(token)) for token in self.special}
         self._special_ids = {token: index for token, index in found.items() if index is not None}
+        self._own = frozenset(self._special_ids.values())
         if len(self._special_ids) < len(self.special):
             raise DataError(f"the text tokenizer's table lacks the special tokens {sorted(set(self.special) - set(self._special_ids))}")
-        self._special_pattern = re.compile("(" + "|".join(re.escape(token) for token in sorted(self.special, key=len, reverse=True)) + ")")
         self.vocab_size: int = 1 + max(tokenizer.get_vocab().values())
+        if self.vocab_size > MAX_ENTRIES:
+            raise DataError(f"the text tokenizer's table has ids up to {self.vocab_size - 1:,}, expected less than {MAX_ENTRIES:,}")
+        marked = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.reserved = self._own | (marked - {unknown_id(tokenizer)})  # ids that no text from data may get
+        self._special_pattern = re.compile("(" + "|".join(re.escape(token) for token in sorted(self.special, key=len, reverse=True)) + ")")
 
     def special_id(self, name: str) -> int:
         """Id of a special token such as "<eos>". RecipeError if the tokenizer has none of that name."""
@@ -79,7 +86,40 @@ class TextTokenizer:
         for text in texts:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise DataError(f"not a valid text: {text[:60]!r} holds half a surrogate pair")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found: list[list[int]] = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for place, ids in enumerate(found):
+            if not self.reserved.isdisjoint(ids):
+                spelled = self._without_reserved.encode(texts[place], add_special_tokens=False).ids
+                found[place] = [token for token in spelled if token not in self.reserved]  # what is left is the table's unknown token
+        return found
+
+    @cached_property
+    def _without_reserved(self) -> Tokenizer:
+        """The same table without the reserved entries, for texts that spell one: some tables hold them as entries like any other, and some
+        normalise other letters to theirs. They are renamed, so that no id moves and their letters are encoded as letters."""
+        table = json.loads(self._tokenizer.to_str())
+        model, unknown = table["model"], unknown_id(self._tokenizer)
+        secret = secrets.token_hex(16)
+        names = {self._tokenizer.id_to_token(index): f"{secret}-{index}" for index in self.reserved if index != unknown}
+        for entry in table["added_tokens"]:
+            entry["content"] = names.get(entry["content"], entry["content"])
+            entry["special"] = entry["special"] or entry["id"] in self.reserved
+        if isinstance(model["vocab"], list):
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        else:
+            model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+        if "merges" in model:
+            prefix = model.get("continuing_subword_prefix") or ""
+            pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+            model["merges"] = [[a, b] for a, b in pairs if names.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
+        table["post_processor"] = None  # it adds special tokens by their names
+        tokenizer = Tokenizer.from_str(json.dumps(table))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def is_text(self, ids: Sequence[int]) -> bool:
+        """Whether these can be the ids of a text: entries of the vocabulary, none of them reserved."""
+        return self.reserved.isdisjoint(ids) and (not len(ids) or (min(ids) >= 0 and max(ids) < self.vocab_size))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of some ids: the exact inverse of `encode`. Special tokens are left out unless special=True.
@@ -89,7 +129,8 @@ class TextTokenizer:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
-        return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
+        kept = ids if special else [token for token in ids if token not in self._own]
+        return self._tokenizer.decode(list(kept), skip_special_tokens=not special)
 
     def extends(self, file: Path) -> bool:
         """Whether every entry of another tokenizer.json, or of the tokenizer in a GGUF file, has the same id here."""
@@ -114,6 +155,14 @@ class TextTokenizer:
         }
         write_atomic(folder / "tokenizer.json", self._tokenizer.to_str(pretty=True))
         write_atomic(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for what the table cannot spell, if it has one: texts may have it, though it is marked as special."""
+    if isinstance(tokenizer.model, models.Unigram):
+        return json.loads(tokenizer.to_str())["model"].get("unk_id")
+    name = getattr(tokenizer.model, "unk_token", None)
+    return None if name is None else tokenizer.token_to_id(name)
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages.errors import DataError
-from stages.parts.config import PartConfig
+from stages.parts.config import PartConfig, Pixels
 
 MAX_PIXELS = 256 * 1024 * 1024  # of a picture on its way to a square: a strip of 1 x 60,000 pixels would fill the memory
 
@@ -39,7 +39,7 @@ class SquareConfig(PartConfig):
     """Shorter side to `size` (bicubic, antialiased), then the centre."""
 
     kind: Literal["square"] = "square"
-    size: int
+    size: Pixels
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
@@ -57,7 +57,7 @@ class PadConfig(PartConfig):
     """Padded to a square with middle grey, then resized to `size` (LLaVA 1.5, arXiv:2310.03744)."""
 
     kind: Literal["pad"] = "pad"
-    size: int
+    size: Pixels
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
