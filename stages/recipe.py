@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stages.errors import RecipeError, nearest
+from stages.errors import DataError, RecipeError, nearest
+from stages.files import CAPS, inside, open_regular
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
 from stages.parts.config import PartConfig, parse_part
@@ -270,9 +271,10 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
     """
     path = _find(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, CAPS["recipe.toml"]) as file:
+            text = file.read().decode("utf-8")
         tables = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except (DataError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: this is not TOML: {error}") from None
@@ -312,8 +314,8 @@ def _find(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in names:  # a Path is a path: a run of llava may well be in ./llava
         return names[name_or_path]
     path = Path(name_or_path)
-    if path.is_dir() and (path / "recipe.toml").is_file():
-        return path / "recipe.toml"
+    if path.is_dir() and (own := inside(path, "recipe.toml")):
+        return own
     if path.is_file():
         return path
     if path.suffix == ".toml" or len(path.parts) > 1:

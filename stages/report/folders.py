@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.errors import DataError, UsageError
+from stages.errors import UsageError
+from stages.files import inside, read_json_inside, read_text_inside
 
 Kind = Literal["evaluation", "checkpoint", "shards"]
 
@@ -66,7 +67,7 @@ def read_folder(path: Path) -> Folder:
     else:
         hint = "report takes the folders that other stages wrote"
         raise UsageError(f"{path}: neither shards, nor a checkpoint, nor an evaluation", hint=hint)
-    meta = path / ".mmgen" if (path / ".mmgen").is_dir() else path
+    meta = inside(path, ".mmgen") or path
     results = read_json(path / "results.json").get("results", [])
     record, status, metrics = read_json(meta / "run.json"), read_json(meta / "status.json"), read_lines(meta / "metrics.jsonl")
     return Folder(path, kind, record, status, metrics, tuple(results))
@@ -79,23 +80,13 @@ def holds_shards(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when the file is absent."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: expected a JSON object, found {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_json_inside(path.parent, path.name)
 
 
 def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
     """The whole lines of a metrics.jsonl; the last one may have been cut by a kill."""
-    if not path.exists():
-        return ()
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in (read_text_inside(path.parent, path.name) or "").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
