@@ -18,7 +18,7 @@ import numpy as np
 from stages.data.index import INDEX, META, FieldInfo, FieldTable, ShardEntry, ShardIndex, read_index
 from stages.data.locate import Place, locate, split_folders
 from stages.data.sample import decode_value
-from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_file, unlike
+from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_file, uneven
 from stages.data.stream import spool_folder
 from stages.data.tar_format import Archive, walk
 from stages.errors import MmgenError
@@ -151,7 +151,7 @@ def _entry(archive: Archive, digest: str, keys: list[str]) -> ShardEntry:
 
 def _whole(groups: list[SampleMembers], expected: frozenset[str] | None) -> list[str]:
     """The keys of the samples that are what the index counts: in one piece, whatever their bytes are worth."""
-    return [group.key for group in groups if group.problem is None and not unlike(group, expected or frozenset())]
+    return [group.key for group in groups if group.problem is None and group.fields and group.fields.keys() == expected]
 
 
 def _compare(path: Path, found: ShardEntry, entry: ShardEntry | None) -> Iterator[Finding]:
@@ -183,8 +183,9 @@ def _verify_samples(
         if group.problem is not None:
             member, offset, reason = group.problem
             result.findings.append(Finding(path, offset, "misplaced", f"{member}: {reason}", group.key))
-        elif uneven := unlike(group, expected):
-            result.findings.append(Finding(path, group.span[0], "uneven", f"{group.key}: {uneven}", group.key))
+        elif not group.fields or group.fields.keys() != expected:
+            message = f"{group.key}: {uneven(group.fields, expected)}"
+            result.findings.append(Finding(path, group.span[0], "uneven", message, group.key))
         if (first := keys.setdefault(group.key, path)) != path:
             result.findings.append(Finding(path, group.span[0], "repeated-key", f"{group.key}: this key is also in {first}", group.key))
         for name, (suffix, start, size) in group.fields.items():

@@ -397,11 +397,9 @@ def group_members(walked: Walk) -> tuple[list[SampleMembers], Counter[str]]:
     return groups, unread
 
 
-def unlike(group: SampleMembers, expected: frozenset[str]) -> str:
-    """How the fields of a sample differ from those that are expected; empty where they do not."""
-    if group.fields and group.fields.keys() == expected:
-        return ""
-    has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
+def uneven(fields: Iterable[str], expected: Iterable[str]) -> str:
+    """Why a sample with these fields does not go with the others."""
+    has, wants = ", ".join(sorted(fields)) or "no field mmgen reads", ", ".join(sorted(expected))
     return f"has {has}; the other samples have {wants or 'none'}"
 
 
@@ -729,8 +727,8 @@ class Shards:
         good = []
         path = str(tar.path)
         for group in groups:
-            if group.problem is None and (uneven := unlike(group, expected)):
-                group.problem = (group.key, group.span[0], uneven)
+            if group.problem is None and (not group.fields or group.fields.keys() != expected):
+                group.problem = (group.key, group.span[0], uneven(group.fields, expected))
             if group.problem is None:
                 good.append(group)
             else:

@@ -134,7 +134,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 def read_table(file: Path) -> Tokenizer:
     """A tokenizer.json without entries that are codes of pictures, or the tokenizer in a GGUF file. DataError if it is damaged."""
     try:
-        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else read_text_inside(file.parent, file.name)
+        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else read_text_inside(file.parent, file.name) or ""
         return Tokenizer.from_str(without_codes(text))
     except MmgenError:
         raise
