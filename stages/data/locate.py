@@ -199,7 +199,7 @@ def download(address: str) -> Path:
             file.flush()
             if reason := _no_tar(Path(file.name), maybe_cut=promised is None):
                 kind = response.headers.get("Content-Type", "no type")
-                raise DataError(f"{address}: what came is no tar: {reason} ({file.tell():,} bytes, {kind}); it was not kept")
+                raise DataError(f"{address}: what came is no whole tar: {reason} ({file.tell():,} bytes, {kind}); it was not kept")
     except (urllib.error.URLError, OSError) as error:
         raise UsageError(f"{address}: cannot be fetched: {error}") from None
     return path
