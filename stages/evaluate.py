@@ -13,7 +13,6 @@ the samples is used as their control; without it those results are null.
 """
 
 import hashlib
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from stages.data.sample import Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, split_folders
 from stages.errors import DataError, UsageError
 from stages.escape import json_text
-from stages.files import write_atomic
+from stages.files import read_json_inside, write_atomic
 from stages.hub import resolve
 from stages.metrics import METRICS
 from stages.metrics.features import feature_network
@@ -433,8 +432,7 @@ def describe_shards(role: str, shards: Shards) -> dict[str, Any]:
 
 
 def run_record(shards: Shards) -> dict[str, Any]:
-    file = shards.paths[0].parent / ".mmgen" / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json_inside(shards.paths[0].parent, ".mmgen", "run.json")
 
 
 def nothing_to_score(samples: Shards) -> UsageError:

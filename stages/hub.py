@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from stages.errors import MmgenError, UsageError
+from stages.errors import DataError, MmgenError, UsageError
 from stages.escape import visible
+from stages.files import files_inside
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -79,8 +81,14 @@ def resolve(spec: str | Path, *, only: str = "*", api: "HfApi | None" = None) ->
 
 
 def push(folder: Path, spec: str, *, api: "HfApi | None" = None) -> str:
-    """Uploads a checkpoint folder, without its training state, to a repository that is made when absent. Returns its web address."""
+    """Uploads a checkpoint folder, without its training state, to a repository that is made when absent. Returns its web address.
+
+    DataError, before anything is sent, where a link or a pipe is among the files: what it leads to is not ours to give away.
+    """
     address = parse_address(spec)
+    for path, reason in files_inside(folder)[1]:
+        if not any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in NEVER):
+            raise DataError(f"{path}: {reason}; nothing was uploaded", hint="put the file itself there, or remove it")
     api = api or _api()
     with _hub_errors(spec):
         api.create_repo(address.repository, exist_ok=True)

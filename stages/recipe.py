@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from stages.errors import RecipeError, nearest
+from stages.errors import DataError, RecipeError, nearest
+from stages.files import CAPS, inside, open_regular
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
 from stages.parts.config import (
@@ -50,7 +51,6 @@ RECIPES = Path(__file__).parent / "recipes"
 FROM_NO_FIELD = (Content.QUERIES, Content.HIDDEN)  # segments that are not filled with anything of the sample
 HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
-MAX_BYTES = 2**20  # of a recipe file; the longest that is shipped has 2% of it
 MAX_VOCABULARY = 2**24  # entries that one embedding can have
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
 LearningRate = Annotated[float, Field(ge=0, le=1e3)]  # 1e3 and more is no number anybody trains with
@@ -300,11 +300,10 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
     """
     path = _find(name_or_path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{path}: {path.stat().st_size:,} bytes are too many for a recipe, expected at most {MAX_BYTES:,}")
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, CAPS["recipe.toml"]) as file:
+            text = file.read().decode("utf-8")
         tables = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except (DataError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     except ValueError as error:  # TOMLDecodeError, and what Python says of an integer of thousands of digits
         raise RecipeError(f"{path}: this is not TOML: {error}") from None
@@ -344,8 +343,8 @@ def _find(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in names:  # a Path is a path: a run of llava may well be in ./llava
         return names[name_or_path]
     path = Path(name_or_path)
-    if path.is_dir() and (path / "recipe.toml").is_file():
-        return path / "recipe.toml"
+    if path.is_dir() and (own := inside(path, "recipe.toml")):
+        return own
     if path.is_file():
         return path
     if path.suffix == ".toml" or len(path.parts) > 1:

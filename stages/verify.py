@@ -2,10 +2,11 @@
 
 Checked: every tar whole (header checksums, sizes inside the file, end-of-archive blocks) and equal to the sha256 its index gives; every
 key without dots and unique over the set; members of a sample side by side; the same fields in every sample; every field decodable
-within the caps; numbers finite; codes below the size of their codebook.
+within the caps; numbers finite; codes below the size of their codebook. What the index says is held against all of it: how many samples
+each tar has, from which key to which, what the fields are, and that the tokenizers that came along are those that wrote them. Nothing
+beside the tars is a link, which would lead out of the folder.
 """
 
-import mmap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,11 +18,12 @@ import numpy as np
 from stages.data.index import INDEX, META, FieldInfo, FieldTable, ShardEntry, ShardIndex, read_index
 from stages.data.locate import Place, locate, split_folders
 from stages.data.sample import decode_value
-from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_file
+from stages.data.shards import UNFINISHED, SampleMembers, group_members, sha256_file, uneven
 from stages.data.stream import spool_folder
-from stages.data.tar_format import walk
+from stages.data.tar_format import Archive, walk
 from stages.errors import MmgenError
 from stages.escape import lines_of
+from stages.files import files_inside, inside
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def _verify_place(place: Place, result: Verification, *, write_index: bool) -> N
         known = read_index(place.folder)
     except MmgenError as error:
         result.findings.append(Finding(str(place.folder / META / INDEX), 0, "index", error.message))
+    result.findings += [Finding(str(path), 0, "link", reason) for path, reason in files_inside(place.folder / META)[1]]
     paths = list(place.tars) if place.tars is not None else sorted(place.folder.glob("*.tar"))
     if known is None and (place.folder / META / UNFINISHED).is_dir():
         result.findings.append(
@@ -113,71 +116,85 @@ def _verify_place(place: Place, result: Verification, *, write_index: bool) -> N
     keys: dict[str, str] = {}
     entries = []
     for path in paths:
-        digest = sha256_file(path)
-        if known and not write_index:
-            result.findings += _compare(path, digest, listed.get(path.name))
-        groups, damage, unread = _read_tar(path)
-        result.tars += 1
-        result.bytes += path.stat().st_size
-        result.unread += unread
-        if damage:
-            result.findings.append(Finding(str(path), damage[0], "damaged", damage[1]))
-        if expected is None:
-            sets = Counter(frozenset(group.fields) for group in groups if not group.problem and group.fields)
-            expected = sets.most_common(1)[0][0] if sets else None
-        good = _verify_samples(path, groups, expected or frozenset(), keys, fields, result)
+        try:
+            archive, digest = Archive(path), sha256_file(path)
+            groups, damage, unread = _read_tar(archive)
+            result.tars += 1
+            result.bytes += len(archive)
+            result.unread += unread
+            if damage:
+                result.findings.append(Finding(str(path), damage[0], "damaged", damage[1]))
+            if expected is None:
+                sets = Counter(frozenset(group.fields) for group in groups if not group.problem and group.fields)
+                expected = sets.most_common(1)[0][0] if sets else None
+            if known and not write_index:
+                result.findings += _compare(path, _entry(archive, digest, _whole(groups, expected)), listed.get(path.name))
+            good = _verify_samples(archive, groups, expected or frozenset(), keys, fields, result)
+        except MmgenError as error:  # it is no file, or was cut meanwhile
+            result.findings.append(Finding(str(path), 0, "unreadable", error.message))
+            continue
         result.samples += len(good)
         if good:
-            size = path.stat().st_size
-            entries.append(
-                ShardEntry(url=f"../{path.name}", nsamples=len(good), bytes=size, sha256=digest, first_key=good[0], last_key=good[-1])
-            )
+            entries.append(_entry(archive, digest, good))
     if write_index:
         _write_index(place, known, entries, fields, result, found_before)
     elif known:
         result.findings += _compare_fields(place.folder, known.fields, fields.fields)
+        result.findings += _compare_tokenizers(place.folder, known)
 
 
-def _compare(path: Path, digest: str, entry: ShardEntry | None) -> Iterator[Finding]:
+def _entry(archive: Archive, digest: str, keys: list[str]) -> ShardEntry:
+    """What the index should say of a tar that holds these samples."""
+    first, last = (keys[0], keys[-1]) if keys else ("", "")
+    size = len(archive)
+    return ShardEntry(url=f"../{archive.path.name}", nsamples=len(keys), bytes=size, sha256=digest, first_key=first, last_key=last)
+
+
+def _whole(groups: list[SampleMembers], expected: frozenset[str] | None) -> list[str]:
+    """The keys of the samples that are what the index counts: in one piece, whatever their bytes are worth."""
+    return [group.key for group in groups if group.problem is None and group.fields and group.fields.keys() == expected]
+
+
+def _compare(path: Path, found: ShardEntry, entry: ShardEntry | None) -> Iterator[Finding]:
     if entry is None:
         yield Finding(str(path), 0, "index", "not in the folder's index")
-    elif digest != entry.sha256:
-        yield Finding(str(path), 0, "sha256", f"its sha256 is {digest}, the index says {entry.sha256}")
+    elif found.sha256 != entry.sha256:
+        yield Finding(str(path), 0, "sha256", f"its sha256 is {found.sha256}, the index says {entry.sha256}")
+    else:
+        for name in ("bytes", "nsamples", "first_key", "last_key"):
+            is_, says = getattr(found, name), getattr(entry, name)
+            if is_ != says:
+                yield Finding(str(path), 0, "index", f"{name} is {is_!r}, the index says {says!r}")
 
 
-def _read_tar(path: Path) -> tuple[list[SampleMembers], tuple[int, str] | None, Counter[str]]:
-    with path.open("rb") as file:
-        walked = walk(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+def _read_tar(archive: Archive) -> tuple[list[SampleMembers], tuple[int, str] | None, Counter[str]]:
+    walked = walk(archive)
     groups, unread = group_members(walked)
     return groups, walked.damage, unread
 
 
 def _verify_samples(
-    path: Path, groups: list[SampleMembers], expected: frozenset[str], keys: dict[str, str], fields: FieldTable, result: Verification
+    archive: Archive, groups: list[SampleMembers], expected: frozenset[str], keys: dict[str, str], fields: FieldTable, result: Verification
 ) -> list[str]:
     """The keys of the good samples of a tar."""
     good = []
-    with path.open("rb") as file:
-        for group in groups:
-            before = len(result.findings)
-            if group.problem is not None:
-                member, offset, reason = group.problem
-                result.findings.append(Finding(str(path), offset, "misplaced", f"{member}: {reason}", group.key))
-            elif not group.fields or group.fields.keys() != expected:
-                has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
-                message = f"{group.key}: has {has}; the other samples have {wants or 'none'}"
-                result.findings.append(Finding(str(path), group.span[0], "uneven", message, group.key))
-            if (first := keys.setdefault(group.key, str(path))) != str(path):
-                result.findings.append(
-                    Finding(str(path), group.span[0], "repeated-key", f"{group.key}: this key is also in {first}", group.key)
-                )
-            for name, (suffix, start, size) in group.fields.items():
-                file.seek(start)
-                problem = _verify_value(name, suffix.rpartition(".")[2].lower(), file.read(size), fields)
-                if problem is not None:
-                    result.findings.append(Finding(str(path), start, problem[0], f"{group.key}.{suffix}: {problem[1]}", group.key))
-            if len(result.findings) == before:
-                good.append(group.key)
+    path = str(archive.path)
+    for group in groups:
+        before = len(result.findings)
+        if group.problem is not None:
+            member, offset, reason = group.problem
+            result.findings.append(Finding(path, offset, "misplaced", f"{member}: {reason}", group.key))
+        elif not group.fields or group.fields.keys() != expected:
+            message = f"{group.key}: {uneven(group.fields, expected)}"
+            result.findings.append(Finding(path, group.span[0], "uneven", message, group.key))
+        if (first := keys.setdefault(group.key, path)) != path:
+            result.findings.append(Finding(path, group.span[0], "repeated-key", f"{group.key}: this key is also in {first}", group.key))
+        for name, (suffix, start, size) in group.fields.items():
+            problem = _verify_value(name, suffix.rpartition(".")[2].lower(), archive.read(start, size), fields)
+            if problem is not None:
+                result.findings.append(Finding(path, start, problem[0], f"{group.key}.{suffix}: {problem[1]}", group.key))
+        if len(result.findings) == before:
+            good.append(group.key)
     return good
 
 
@@ -202,9 +219,40 @@ def _compare_fields(folder: Path, indexed: dict[str, FieldInfo], found: dict[str
     where = str(folder / META / INDEX)
     for name, info in indexed.items():
         real = found.get(name)
-        if real is not None and (real.dtype, real.shape, real.suffix) != (info.dtype, info.shape, info.suffix):
+        if real is None:
+            yield Finding(where, 0, "index", f"field '{name}' is listed, the tars hold no such field that can be read")
+            continue
+        kind = np.dtype(real.dtype or "O") if real.suffix == "npy" else None
+        if info.codebook_size and (kind is None or kind.kind not in "iu" or info.codebook_size - 1 > np.iinfo(kind).max):
+            yield Finding(where, 0, "index", f"field '{name}': a codebook of {info.codebook_size:,} codes, the tars hold {real.dtype}")
+        if (real.dtype, real.shape, real.suffix) != (info.dtype, info.shape, info.suffix):
             says, is_ = f"{info.dtype} {info.shape} .{info.suffix}", f"{real.dtype} {real.shape} .{real.suffix}"
             yield Finding(where, 0, "index", f"field '{name}' is listed as {says}, the tars hold {is_}")
+
+
+def _compare_tokenizers(folder: Path, index: ShardIndex) -> Iterator[Finding]:
+    """Whether the tokenizers that the index lists are there, are what their names say, and agree with the fields they wrote."""
+    from stages.training.checkpoint import fingerprint, open_checkpoint
+
+    for name in index.tokenizers:
+        where = str(folder / META / "tokenizers" / name)
+        try:
+            own = inside(folder, META, "tokenizers", name)
+            if own is None:
+                yield Finding(where, 0, "tokenizer", "missing, though the index lists it")
+                continue
+            computed = fingerprint(own)
+            if name.rpartition("-")[2] != computed[:8]:
+                yield Finding(where, 0, "tokenizer", f"its fingerprint is {computed[:8]}: not the tokenizer of this name")
+            autoencoders = [] if (own / "tokenizer.json").exists() else list(open_checkpoint(own).recipe.autoencoders.values())
+        except MmgenError as error:
+            yield Finding(where, 0, "tokenizer", error.message)
+            continue
+        for field_name, info in index.fields.items():
+            for autoencoder in autoencoders if info.tokenizer == computed else ():
+                if info.codebook_size not in (None, autoencoder.codebook_size):
+                    says = f"field '{field_name}': codebook_size is {info.codebook_size:,} in the index"
+                    yield Finding(where, 0, "index", f"{says}, {autoencoder.codebook_size} in the tokenizer that wrote it")
 
 
 def _write_index(
@@ -222,5 +270,6 @@ def _write_index(
         result.findings.append(Finding(where, 0, "not-written", f"no index is written for damaged shards ({what})"))
     else:
         base = known or ShardIndex(shardlist=[], fields={})
-        index = base.model_copy(update={"shardlist": entries, "fields": dict(sorted(fields.fields.items()))})
+        there = [name for name in base.tokenizers if inside(place.folder, META, "tokenizers", name)]
+        index = base.model_copy(update={"shardlist": entries, "fields": dict(sorted(fields.fields.items())), "tokenizers": there})
         result.written.append(str(index.write(place.folder)))

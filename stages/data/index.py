@@ -12,17 +12,20 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stages.data.sample import IMAGE_FORMATS, image_shape, npy_header
 from stages.errors import DataError
-from stages.files import write_atomic
+from stages.files import read_text_inside, write_atomic
 
 META = ".mmgen"
 INDEX = "shardindex.json"
 TAR_NAME = re.compile(r"[^/\\\0]+\.tar")
+TOKENIZER_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+SMALLEST_SAMPLE = 512  # bytes in a tar: the header of one empty member
+_MAX = 2**48  # of bytes in a tar, codes in a codebook, the length of an axis: more than there can be, and far from overflowing
 
 
 class ShardEntry(BaseModel):
@@ -31,11 +34,17 @@ class ShardEntry(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     url: str
-    nsamples: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    nsamples: int = Field(ge=0, le=_MAX)
+    bytes: int = Field(ge=0, le=_MAX)
     sha256: str
     first_key: str
     last_key: str
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> Self:
+        if self.nsamples * SMALLEST_SAMPLE > self.bytes:
+            raise ValueError(f"{self.nsamples:,} samples cannot be in {self.bytes:,} bytes of '{self.url[:80]}'")
+        return self
 
     @property
     def name(self) -> str:
@@ -49,9 +58,9 @@ class FieldInfo(BaseModel):
 
     suffix: str | None
     dtype: str | None
-    shape: list[int | None] | None
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=_MAX)] | None], Field(max_length=32)] | None
     tokenizer: str | None = None
-    codebook_size: int | None = None
+    codebook_size: int | None = Field(default=None, ge=1, le=_MAX)
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(exclude={"codebook_size"} if self.codebook_size is None else None)
@@ -81,14 +90,8 @@ class ShardIndex(BaseModel):
 
 def read_index(folder: Path) -> ShardIndex | None:
     """The index of a folder of shards, None where there is none. Raises DataError where it cannot be what mmgen wrote."""
-    path = folder / META / INDEX
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8") from None
-    return parse_index(text, str(path))
+    text = read_text_inside(folder, META, INDEX)
+    return None if text is None else parse_index(text, str(folder / META / INDEX))
 
 
 def checked_index(folder: Path) -> ShardIndex:
@@ -110,6 +113,9 @@ def parse_index(text: str, where: str) -> ShardIndex:
     for entry in index.shardlist:
         if not entry.url.startswith("../") or not TAR_NAME.fullmatch(entry.name):
             raise DataError(f"{where}: shard url '{entry.url}', expected '../' and the name of a tar beside .mmgen")
+    for name in index.tokenizers:
+        if not TOKENIZER_FOLDER.fullmatch(name):
+            raise DataError(f"{where}: tokenizer {name!r}, expected the plain name of a folder in {META}/tokenizers")
     if len(set(names)) != len(names):
         raise DataError(f"{where}: a tar is listed twice")
     return index

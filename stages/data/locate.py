@@ -6,6 +6,7 @@ of splits. Commands (`pipe:`), which webdataset would run, are refused.
 """
 
 import hashlib
+import http
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from braceexpand import braceexpand
 
 from stages.data.index import INDEX, META
 from stages.data.stream import receive_stream
+from stages.data.tar_format import BLOCK, Archive, no_tar, walk
 from stages.errors import DataError, UsageError, nearest
 from stages.files import open_atomic
 
@@ -184,14 +186,28 @@ def download(address: str) -> Path:
     cache = Path(os.environ.get("MMGEN_CACHE", "~/.cache/mmgen")).expanduser() / "downloads"
     name = re.sub(r"[^A-Za-z0-9._-]", "_", address.partition("?")[0].rpartition("/")[2]) or "download"
     path = cache / hashlib.sha256(address.encode()).hexdigest()[:16] / name
-    if path.exists():
+    if path.exists() and not _no_tar(path):
         return path
     try:
         with urllib.request.urlopen(address, timeout=60) as response, open_atomic(path) as file:
+            if response.status != http.HTTPStatus.OK:  # such as 204, no content, and 206, a part of the file
+                raise DataError(f"{address}: the server answered {response.status} {response.reason}, expected 200 and a tar")
             shutil.copyfileobj(response, file, 1024 * 1024)
             promised = response.headers.get("Content-Length")
             if promised is not None and file.tell() != int(promised):
                 raise DataError(f"{address}: the download ended at {file.tell():,} of {int(promised):,} bytes")
+            file.flush()
+            if reason := _no_tar(Path(file.name), maybe_cut=promised is None):
+                kind = response.headers.get("Content-Type", "no type")
+                raise DataError(f"{address}: what came is no whole tar: {reason} ({file.tell():,} bytes, {kind}); it was not kept")
     except (urllib.error.URLError, OSError) as error:
         raise UsageError(f"{address}: cannot be fetched: {error}") from None
     return path
+
+
+def _no_tar(path: Path, *, maybe_cut: bool = False) -> str:
+    """Why a downloaded file is no tar; empty where it is one, by its first header or, if it may be cut, by all of them to its end."""
+    archive = Archive(path)
+    if maybe_cut and (damage := walk(archive).damage):
+        return f"byte {damage[0]:,}: {damage[1]}"
+    return no_tar(archive[:BLOCK])

@@ -45,6 +45,14 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_CHARACTERS = 1_000_000
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_JSON_DEPTH = 64
+MAX_ARRAY_BYTES = 512 * 1024 * 1024
+MAX_PICTURE_BYTES = 8 * MAX_PIXELS  # sixteen bits in each of four channels, not compressed
+MAX_BYTES = {  # of a member, by its format: what is larger is refused by what its header says, before it is read
+    **dict.fromkeys(IMAGE_FORMATS, MAX_PICTURE_BYTES),
+    "txt": 4 * MAX_CHARACTERS,
+    "json": MAX_JSON_BYTES,
+    "npy": MAX_ARRAY_BYTES,
+}
 MAX_KEY_CHARACTERS = 1024
 
 FIELD_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
@@ -112,6 +120,8 @@ def encode_field(name: str, value: Any) -> tuple[str, bytes]:
     if isinstance(value, Encoded):
         if value.suffix not in FORMATS:
             raise DataError(f"field '{name}': format '{value.suffix}' is none of {', '.join(FORMATS)}")
+        if reason := too_large(value.suffix, len(value.data)):
+            raise DataError(f"field '{name}': {reason}")
         return f"{name}.{value.suffix}", bytes(value.data)
     if isinstance(value, str):
         return f"{name}.txt", _encode_text(name, value)
@@ -131,6 +141,11 @@ def decode_field(suffix: str, data: bytes) -> tuple[str, Any]:
         raise DataError(f"'{suffix}': not a format mmgen reads ({', '.join(FORMATS)})")
     name, form = found
     return name, decode_value(form, data)
+
+
+def too_large(form: str, size: int) -> str:
+    """Why a member of this format and size is not read; empty where it may be."""
+    return f".{form} of {size:,} bytes, the cap is {MAX_BYTES[form]:,}" if size > MAX_BYTES[form] else ""
 
 
 def decode_value(form: str, data: bytes) -> Any:
@@ -223,6 +238,8 @@ def _depth(data: bytes, value: Any) -> int:
 def _encode_array(name: str, value: np.ndarray) -> bytes:
     if value.dtype.kind not in "biuf":
         raise DataError(f"field '{name}': array of dtype {value.dtype}, expected bool, int, uint or float")
+    if reason := too_large("npy", value.nbytes + 10_000):  # with the largest header that is read
+        raise DataError(f"field '{name}': {reason}")
     little = value.astype(value.dtype.newbyteorder("<"), order="C", copy=False)
     return _npy_header(little.dtype.str, little.shape) + little.tobytes()
 

@@ -5,35 +5,36 @@ under its name only when it is complete, and the index last. `open_shards` reads
 pass is refused here: members of one sample that are not side by side, samples that lack a field, tars that were cut. A sample is
 always the members of one key in one tar, so the picture of one can never meet the caption of another.
 
-Nothing is copied or scanned before it is needed: tars are memory-mapped, and the headers of each are walked once, on first use.
+Nothing is read before it is needed: the headers of each tar are walked once, on first use, and a sample's bytes are read where they are.
 """
 
 import hashlib
 import json
-import mmap
-import os
 import re
 import shutil
+import sys
 from array import array
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from stages.data.index import INDEX, META, FieldInfo, FieldTable, ShardEntry, ShardIndex, merge_field, read_index
+from stages.data.index import INDEX, META, TOKENIZER_FOLDER, FieldInfo, FieldTable, ShardEntry, ShardIndex, merge_field, read_index
 from stages.data.locate import Place, locate, split_folders
-from stages.data.sample import Encoded, Sample, check_key, decode_value, encode_field, split_suffix
+from stages.data.sample import MAX_BYTES, Encoded, Sample, check_key, decode_value, encode_field, split_suffix, too_large
 from stages.data.stream import stream_shards
-from stages.data.tar_format import END_OF_ARCHIVE, Walk, member_bytes, walk
+from stages.data.tar_format import END_OF_ARCHIVE, Archive, Walk, member_bytes, walk
 from stages.errors import DataError, UsageError, nearest
 from stages.escape import json_text
-from stages.files import copy_tokenizer, sync, sync_folder, write_atomic
+from stages.files import copy_tokenizer, inside, open_atomic, open_regular, sync, sync_folder, write_atomic
 
 __all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards"]
 
@@ -41,7 +42,8 @@ ON_BAD_SAMPLE = ("fail", "skip", "quarantine")
 UNFINISHED = "unfinished"  # in .mmgen: the tar being written and a record of each finished one, until the index replaces them
 _WRITE_BYTES = 4 * 1024 * 1024
 _OPEN_ARCHIVES = 128
-_TOKENIZER_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_AT_ONCE = 32 * 1024  # the fields of a sample that stand in so many bytes come from one read
+_MAX_QUARANTINED = 1024 * 1024 * 1024  # bytes of one bad sample; a sparse file of some kB can claim any number
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ class ShardWriter:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UsageError(f"shard name '{name}': expected letters, digits, - and _")
         for folder in tokenizers or {}:
-            if not _TOKENIZER_FOLDER.fullmatch(folder):
+            if not TOKENIZER_FOLDER.fullmatch(folder):
                 raise UsageError(f"tokenizer folder '{folder}': expected a plain name such as vq-0a1b2c3d")
         self.out, self.name, self.split = Path(out), name, split
         self.samples_per_shard = samples_per_shard
@@ -308,8 +310,8 @@ def _is_whole(path: Path, entry: ShardEntry) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ class BadSampleError(DataError):
         self.bad = bad
 
 
-@dataclass
+@dataclass(slots=True)
 class SampleMembers:
     """The members of one key that stand side by side in a tar."""
 
@@ -361,9 +363,9 @@ def group_members(walked: Walk) -> tuple[list[SampleMembers], Counter[str]]:
     seen: set[str] = set()
     unread: Counter[str] = Counter()
     group: SampleMembers | None = None
-    rejected = [(name, offset, offset, 0, reason) for name, offset, reason in walked.rejected]
-    entries = [(*member, "") for member in walked.members]
-    for name, offset, start, size, reason in sorted([*entries, *rejected], key=lambda entry: entry[1]) if rejected else entries:
+    rejected = ((name, offset, offset, 0, reason) for name, offset, reason in walked.rejected)
+    entries = ((*member, "") for member in walked.members)
+    for name, offset, start, size, reason in merge(entries, rejected, key=itemgetter(1)) if walked.rejected else entries:
         if name[:2] == "./":
             name = name[2:]
         begin = name.rfind("/") + 1
@@ -388,12 +390,20 @@ def group_members(walked: Walk) -> tuple[list[SampleMembers], Counter[str]]:
             unread[suffix.rpartition(".")[2].lower()] += 1
         elif found[0] in group.fields:
             group.problem = (name, offset, f"a second member for field '{found[0]}' (or a second sample of this key)")
+        elif size > MAX_BYTES[found[1]]:
+            group.problem = (name, offset, too_large(found[1], size))
         else:
-            group.fields[found[0]] = (suffix, start, size)
+            group.fields[found[0]] = (sys.intern(suffix), start, size)
     if walked.damage and groups:
         last = groups[-1]
         last.problem = last.problem or (last.key, last.span[0], f"last sample before the damage at byte {walked.damage[0]:,}")
     return groups, unread
+
+
+def uneven(fields: Iterable[str], expected: Iterable[str]) -> str:
+    """Why a sample with these fields does not go with the others."""
+    has, wants = ", ".join(sorted(fields)) or "no field mmgen reads", ", ".join(sorted(expected))
+    return f"has {has}; the other samples have {wants or 'none'}"
 
 
 def _invalid_key(key: str) -> str | None:
@@ -418,8 +428,11 @@ class _Table:
     """The good samples of a tar."""
 
     keys: list[str]
-    spans: list[tuple[int, int]]
+    spans: "array[int]"  # of the first sample its first byte and the one behind its last, of the second …
     columns: dict[str, _Column]
+
+    def span(self, row: int) -> tuple[int, int]:
+        return self.spans[2 * row], self.spans[2 * row + 1]
 
 
 @dataclass
@@ -427,6 +440,7 @@ class _Tar:
     path: Path
     entry: ShardEntry
     declared: bool  # the entry was read from an index, to be held against the tar, and not made from it
+    expected: frozenset[str] | None = None  # the fields that the index lists
     to_hash: bool = False  # the tar is younger than its index: is it still the tar that was indexed?
     table: _Table | None = None
 
@@ -478,7 +492,7 @@ class Shards:
         self.bad: list[BadSample] = []
         self.unread: Counter[str] = Counter()
         self._bad_rows: set[int] = set()
-        self._archives: OrderedDict[Path, mmap.mmap | bytes] = OrderedDict()
+        self._archives: OrderedDict[Path, Archive] = OrderedDict()
         self._positions: dict[str, int] | None = None
         self._parts = [(place.part, place.weight) for place in places]
         self._sources = [self._open_place(place) for place in places]
@@ -520,8 +534,8 @@ class Shards:
 
     @property
     def tokenizers(self) -> dict[str, Path]:
-        folders = (source.folder / META / "tokenizers" / name for source in self._sources for name in source.index.tokenizers)
-        return {folder.name: folder for folder in folders if _TOKENIZER_FOLDER.fullmatch(folder.name) and folder.is_dir()}
+        folders = (inside(source.folder, META, "tokenizers", name) for source in self._sources for name in source.index.tokenizers)
+        return {folder.name: folder for folder in folders if folder is not None and folder.is_dir()}
 
     @property
     def paths(self) -> list[Path]:
@@ -573,23 +587,20 @@ class Shards:
         """Sample `i` with `fields` (default: all), decoded. Raises BadSampleError where that cannot be done."""
         tar, row, table, archive = self._find(i)
         values = {}
-        for name in self._fields if fields is None else fields:
-            suffix, start, size = self._member(table, row, name)
+        for name, suffix, start, data in self._members(table, row, archive, fields):
             try:
-                values[name] = decode_value(suffix.rpartition(".")[2].lower(), archive[start : start + size])
+                values[name] = decode_value(suffix.rpartition(".")[2].lower(), data)
             except DataError as error:
                 key = table.keys[row]
-                bad = BadSample(str(tar.path), key, f"{key}.{suffix}", start, error.message, table.spans[row])
+                bad = BadSample(str(tar.path), key, f"{key}.{suffix}", start, error.message, table.span(row))
                 raise BadSampleError(bad) from None
         return Sample(table.keys[row], values, str(tar.path))
 
     def read_encoded(self, i: int, fields: Iterable[str] | None = None) -> Sample:
         """Sample `i` with `fields` as the `Encoded` bytes they are in the tar, to be written elsewhere unchanged."""
         tar, row, table, archive = self._find(i)
-        values = {}
-        for name in self._fields if fields is None else fields:
-            suffix, start, size = self._member(table, row, name)
-            values[name] = Encoded(suffix.rpartition(".")[2].lower(), archive[start : start + size])
+        members = self._members(table, row, archive, fields)
+        values = {name: Encoded(suffix.rpartition(".")[2].lower(), data) for name, suffix, _, data in members}
         return Sample(table.keys[row], values, str(tar.path))
 
     def read_or_skip(self, i: int, fields: Iterable[str] | None = None) -> Sample | None:
@@ -647,21 +658,23 @@ class Shards:
         lines = [json_text(bad.to_dict()) + "\n" for bad in self.bad]
         write_atomic(meta / "bad_samples.jsonl", "".join(lines))
         if self.on_bad_sample == "quarantine":
-            pieces = []
-            for bad in self.bad:
-                with open(bad.path, "rb") as file:
-                    file.seek(bad.span[0])
-                    pieces.append(file.read(bad.span[1] - bad.span[0]))
-            write_atomic(meta / "quarantine.tar", b"".join([*pieces, END_OF_ARCHIVE]))
+            with open_atomic(meta / "quarantine.tar") as kept_bytes:
+                for bad in self.bad:
+                    begin, end = bad.span
+                    archive = self._archive(Path(bad.path))
+                    end = min(end, len(archive))
+                    for at in range(begin, end if end - begin <= _MAX_QUARANTINED else begin, _WRITE_BYTES):
+                        kept_bytes.write(archive.read(at, min(_WRITE_BYTES, end - at)))
+                kept_bytes.write(END_OF_ARCHIVE)
         return f"kept {kept}, skipped {len(self.bad)} (bad_samples.jsonl)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Maps stay behind when a data loader's worker gets a copy; it opens its own."""
+        """Open files stay behind when a data loader's worker gets a copy; it opens its own."""
         return {**self.__dict__, "_archives": OrderedDict()}
 
     # how they are found
 
-    def _find(self, i: int) -> tuple[_Tar, int, _Table, mmap.mmap | bytes]:
+    def _find(self, i: int) -> tuple[_Tar, int, _Table, Archive]:
         length = len(self)
         if not -length <= i < length:
             raise IndexError(f"sample {i} of {length}")
@@ -670,20 +683,23 @@ class Shards:
         tar = self._tars[number]
         return tar, i - (self._ends[number] - tar.entry.nsamples), self._table(tar), self._archive(tar.path)
 
-    def _member(self, table: _Table, row: int, name: str) -> tuple[str, int, int]:
-        column = table.columns.get(name)
-        if column is None or name not in self._fields:
-            raise DataError(f"{self.spec}: there is no field '{name}'", hint=nearest(name, self._fields))
-        return column.suffixes[row], column.starts[row], column.sizes[row]
+    def _members(self, table: _Table, row: int, archive: Archive, fields: Iterable[str] | None) -> Iterator[tuple[str, str, int, bytes]]:
+        """(field, what follows the key, where its bytes start, its bytes) of each of `fields` (None: all)."""
+        begin, end = table.spans[2 * row], table.spans[2 * row + 1]
+        block = archive.read(begin, end - begin) if end - begin <= _AT_ONCE else None
+        for name in self._fields if fields is None else fields:
+            column = table.columns.get(name)
+            if column is None or name not in self._fields:
+                raise DataError(f"{self.spec}: there is no field '{name}'", hint=nearest(name, self._fields))
+            start, size = column.starts[row], column.sizes[row]
+            data = block[start - begin : start - begin + size] if block is not None else archive.read(start, size)
+            yield name, column.suffixes[row], start, data
 
-    def _archive(self, path: Path) -> mmap.mmap | bytes:
-        """The tar's bytes, mapped; the least recently used maps are let go."""
+    def _archive(self, path: Path) -> Archive:
+        """The tar, open; the least recently used are closed."""
         archive = self._archives.get(path)
         if archive is None:
-            with path.open("rb") as file:
-                empty = os.fstat(file.fileno()).st_size == 0
-                archive = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._archives[path] = archive
+            archive = self._archives[path] = Archive(path)
             if len(self._archives) > _OPEN_ARCHIVES:
                 self._archives.popitem(last=False)
         elif len(self._archives) > 1:
@@ -697,8 +713,7 @@ class Shards:
                 if digest != tar.entry.sha256:
                     raise _changed(tar.path, f"its sha256 is {digest[:16]}…, the index says {tar.entry.sha256[:16]}…")
                 tar.to_hash = False
-            expected = next(source.index.fields.keys() for source in self._sources if any(tar is own for own in source.tars))
-            self._read_table(tar, frozenset(expected))
+            self._read_table(tar, tar.expected)
         assert tar.table is not None
         return tar.table
 
@@ -716,8 +731,7 @@ class Shards:
         path = str(tar.path)
         for group in groups:
             if group.problem is None and (not group.fields or group.fields.keys() != expected):
-                has, wants = ", ".join(sorted(group.fields)) or "no field mmgen reads", ", ".join(sorted(expected))
-                group.problem = (group.key, group.span[0], f"has {has}; the other samples have {wants or 'none'}")
+                group.problem = (group.key, group.span[0], uneven(group.fields, expected))
             if group.problem is None:
                 good.append(group)
             else:
@@ -733,7 +747,8 @@ class Shards:
                 column.suffixes.append(suffix)
                 column.starts.append(start)
                 column.sizes.append(size)
-        tar.table = _Table([group.key for group in good], [group.span for group in good], columns)
+        spans = array("q", (end for group in good for end in group.span))
+        tar.table = _Table([group.key for group in good], spans, columns)
         found = (len(good), good[0].key if good else "", good[-1].key if good else "")
         if tar.declared and found != (tar.entry.nsamples, tar.entry.first_key, tar.entry.last_key):
             indexed = f"{tar.entry.nsamples} samples, {tar.entry.first_key} to {tar.entry.last_key}"
@@ -760,7 +775,7 @@ class Shards:
             raise DataError(
                 f"{place.folder / name}: not in the folder's index", hint=f"mmgen verify {place.folder} --index makes a new one"
             )
-        tars = []
+        tars, expected = [], frozenset(index.fields)
         for name in names:
             path, entry = place.folder / name, by_name[name]
             try:
@@ -769,7 +784,7 @@ class Shards:
                 raise DataError(f"{path}: missing, though the folder's index lists it") from None
             if status.st_size != entry.bytes:
                 raise _changed(path, f"it has {status.st_size:,} bytes, the index says {entry.bytes:,}")
-            tars.append(_Tar(path, entry, declared=True, to_hash=status.st_mtime_ns > indexed_at))
+            tars.append(_Tar(path, entry, True, expected, to_hash=status.st_mtime_ns > indexed_at))
         if len(tars) < len(by_name):
             index = index.model_copy(update={"shardlist": [tar.entry for tar in tars]})
         return _Source(place.folder, index, tars)
@@ -781,7 +796,8 @@ class Shards:
         expected: frozenset[str] | None = None
         tars = []
         for path in paths:
-            entry = ShardEntry(url=f"../{path.name}", nsamples=0, bytes=path.stat().st_size, sha256="", first_key="", last_key="")
+            size = len(self._archive(path))
+            entry = ShardEntry(url=f"../{path.name}", nsamples=0, bytes=size, sha256="", first_key="", last_key="")
             tar = _Tar(path, entry, declared=False)
             expected = self._read_table(tar, expected) or None
             assert tar.table is not None
@@ -801,7 +817,7 @@ class Shards:
             described = FieldTable()
             for suffix, start, size in list(zip(column.suffixes, column.starts, column.sizes, strict=True))[:first]:
                 try:
-                    described.add(name, suffix.rpartition(".")[2].lower(), archive[start : start + size])
+                    described.add(name, suffix.rpartition(".")[2].lower(), archive.read(start, size))
                 except DataError:
                     continue  # met again, and accounted for, when the sample is read
             fields.fields |= described.fields

@@ -8,7 +8,6 @@ the tars the index names and compares their sha256, so what arrives is byte for 
 import atexit
 import hashlib
 import json
-import mmap
 import re
 import shutil
 import tarfile
@@ -18,25 +17,32 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages.data.index import INDEX, META, parse_index, read_index
-from stages.data.tar_format import BLOCK, END_OF_ARCHIVE, member_bytes, member_header, walk
+from stages.data.tar_format import BLOCK, END_OF_ARCHIVE, Archive, member_bytes, member_header, walk
 from stages.errors import DataError
-from stages.files import open_atomic, replace_folder
+from stages.files import CAPS, files_inside, inside, open_atomic, open_regular, replace_folder
 
 INDEX_MEMBER = "__mmgen__"
 FILES_MEMBER = "__mmgen_files__"
 SPOOL = "input"  # .mmgen/input: what a stage read from stdin before its run began
 _CHUNK = 1024 * 1024
-_MAX_INDEX_BYTES = 1024 * 1024 * 1024
+_MAX_PADDING = 64 * 1024 * 1024  # zeroes behind the last member of a tar; archivers write some kB
 _TRAVELLER = re.compile(r"tokenizers(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 
 
 def stream_shards(folder: Path, file: BinaryIO) -> None:
-    """Write the folder of shards to `file` as one tar. Raises DataError where it has no index or a tar is not the one indexed."""
+    """Write the folder of shards to `file` as one tar. Raises DataError where it has no index, a tar is not the one indexed, or a link
+    lies among the tokenizers."""
     index = read_index(folder)
     if index is None:
         raise DataError(f"{folder}: has no {META}/{INDEX}, needed to send it through a pipe", hint=f"mmgen verify {folder} --index")
     bodies = [_body_bytes(folder / entry.name) for entry in index.shardlist]
-    travellers = sorted(path for path in (folder / META / "tokenizers").rglob("*") if path.is_file())
+    travellers: list[Path] = []
+    for name in index.tokenizers:
+        files_of_one, refused = files_inside(inside(folder, META, "tokenizers", name) or folder / META / "tokenizers" / name)
+        for path, reason in refused:
+            raise DataError(f"{path}: {reason}", hint="put the file itself there")
+        travellers += files_of_one
+    travellers.sort()
     files = [[path.relative_to(folder / META).as_posix(), path.stat().st_size] for path in travellers]
     description = {**index.to_dict(), "stream": {"bodies": bodies, "files": files}}
 
@@ -44,11 +50,11 @@ def stream_shards(folder: Path, file: BinaryIO) -> None:
     total = sum(path.stat().st_size for path in travellers)
     file.write(member_header(FILES_MEMBER, total))
     for path in travellers:
-        with path.open("rb") as traveller:
+        with open_regular(path) as traveller:
             shutil.copyfileobj(traveller, file, _CHUNK)
     file.write(bytes(-total % BLOCK))
     for entry, body in zip(index.shardlist, bodies, strict=True):
-        with (folder / entry.name).open("rb") as tar:
+        with open_regular(folder / entry.name) as tar:
             for _ in _copy(tar, file, body):
                 pass
     file.write(END_OF_ARCHIVE)
@@ -57,11 +63,10 @@ def stream_shards(folder: Path, file: BinaryIO) -> None:
 
 def _body_bytes(path: Path) -> int:
     """How much of a tar is members; what follows is the end of the archive, which a stream has only once."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as archive:
-        walked = walk(archive)
-        if walked.damage:
-            raise DataError(f"{path}: byte {walked.damage[0]:,}: {walked.damage[1]}")
-        return walked.end
+    walked = walk(Archive(path))
+    if walked.damage:
+        raise DataError(f"{path}: byte {walked.damage[0]:,}: {walked.damage[1]}")
+    return walked.end
 
 
 def spool_folder(out: Path | str) -> Path:
@@ -103,8 +108,8 @@ def receive_stream(file: BinaryIO, spool: Path) -> Path:
 
 
 def _receive_indexed(file: BinaryIO, size: int, folder: Path) -> None:
-    if size > _MAX_INDEX_BYTES:
-        raise DataError(f"standard input: an index of {size:,} bytes")
+    if size > CAPS[INDEX]:
+        raise DataError(f"standard input: an index of {size:,} bytes, the cap is {CAPS[INDEX]:,}")
     text = _read(file, size, padded=True)
     index = parse_index(text.decode("utf-8", "replace"), "standard input: index")
     bodies, files = _check_description(json.loads(text), len(index.shardlist))
@@ -122,6 +127,8 @@ def _receive_indexed(file: BinaryIO, size: int, folder: Path) -> None:
         with open_atomic(folder / entry.name) as tar:
             for chunk in _copy(file, tar, body):
                 digest.update(chunk)
+            if entry.bytes - body > _MAX_PADDING:
+                raise DataError(f"standard input: {entry.name} of {entry.bytes:,} bytes in the index, of which {body:,} are sent")
             end = bytes(max(0, entry.bytes - body))
             tar.write(end)
             digest.update(end)
@@ -135,9 +142,12 @@ def _receive_indexed(file: BinaryIO, size: int, folder: Path) -> None:
 
 def _parse_header(block: bytes) -> tarfile.TarInfo:
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
         raise DataError(f"standard input: not a tar: {error}") from None
+    if header.size < 0:
+        raise DataError(f"standard input: not a tar: the member '{header.name}' has {header.size:,} bytes")
+    return header
 
 
 def _check_description(description: dict[str, Any], shards: int) -> tuple[list[int], list[tuple[str, int]]]:

@@ -7,14 +7,23 @@ The walk reads ustar, pax and GNU long names, whoever wrote them. It checks each
 file, and that the archive ends as it should: a tar that was cut says so instead of looking like a shorter one.
 """
 
-import mmap
+import os
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
+
+from stages.errors import DataError
+from stages.files import open_descriptor
 
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 _MAX_EXTENDED_HEADER = 1024 * 1024  # a name of a megabyte is no name
+_MAX_NAME = 8192  # bytes; a key and the names of its fields are far shorter
+_MAX_DIGITS = 20  # of a size
+_SPARSE = "GNU.sparse"
+_WINDOW = 32 * 1024
+_GZIP, _COMPRESSED = b"\x1f\x8b", "compressed with gzip; shards are read in place: run gunzip on it first"
 _KINDS = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -91,6 +100,57 @@ class Member(NamedTuple):
     size: int
 
 
+class Archive:
+    """The bytes of a tar, read where they are asked for.
+
+    They are not mapped: where a file is cut while it is read, mapped memory ends the process with a bus error, here it is a DataError.
+    Pieces that follow on each other, such as headers and the samples of an epoch in order, come from one read of `_WINDOW` bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = open_descriptor(path)
+        self._length = os.fstat(self._descriptor).st_size
+        self._window, self._at, self._next = b"", 0, 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, piece: slice) -> bytes:
+        start, stop, _ = piece.indices(self._length)
+        begin = start - self._at
+        if begin < 0 or stop > self._at + len(self._window):
+            return self._fill(start, stop - start)
+        return self._window[begin : begin + stop - start]
+
+    def read(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start`. DataError where the file no longer has them."""
+        begin = start - self._at
+        if begin >= 0 and begin + size <= len(self._window):
+            return self._window[begin : begin + size]
+        follows, self._next = start == self._next, start + size
+        return self._fill(start, size) if follows and size < _WINDOW else self._pread(start, size)
+
+    def _fill(self, start: int, size: int) -> bytes:
+        self._window, self._at = self._pread(start, max(size, min(_WINDOW, self._length - start))), start
+        self._next = start + len(self._window)
+        return self._window[:size]
+
+    def _pread(self, start: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, start)
+        while len(data) < size:
+            more = os.pread(self._descriptor, size - len(data), start + len(data))
+            if not more:
+                raise DataError(f"{self.path}: was cut while it was read: it had {self._length:,} bytes, it ends before {start + size:,}")
+            data += more
+        return data
+
+    def __del__(self) -> None:
+        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 @dataclass
 class Walk:
     """What an archive holds. `damage` is (offset, reason) where the walk had to stop before the end-of-archive blocks;
@@ -102,15 +162,15 @@ class Walk:
     end: int = 0
 
 
-def walk(archive: bytes | mmap.mmap) -> Walk:
+def walk(archive: bytes | Archive) -> Walk:
     """Every member of an archive, in order, from its headers alone. Never raises on bytes: what is wrong is in the result."""
     found = Walk()
     length = len(archive)
     at = entry = 0  # the block being read, and where the current entry began (its extended headers come first)
     extended: dict[str, bytes] = {}
 
-    if archive[:2] == b"\x1f\x8b":
-        found.damage = (0, "compressed with gzip; shards are read in place: run gunzip on it first")
+    if archive[:2] == _GZIP:
+        found.damage = (0, _COMPRESSED)
         return found
     while True:
         header = archive[at : at + BLOCK]
@@ -122,7 +182,11 @@ def walk(archive: bytes | mmap.mmap) -> Walk:
             break
         reason, size = _check_header(header)
         if not reason and "size" in extended and header[156] in b"0\0":
-            size = int(extended["size"]) if extended["size"].isdigit() else -1
+            digits = extended["size"]
+            if digits.isdigit() and len(digits) <= _MAX_DIGITS:
+                size = int(digits)
+            else:
+                reason = f"member size {digits[: _MAX_DIGITS + 1]!r} is not a number"
         start = at + BLOCK
         after = start + (size + BLOCK - 1) // BLOCK * BLOCK
         if not reason and (size < 0 or start + size > length):
@@ -148,12 +212,14 @@ def walk(archive: bytes | mmap.mmap) -> Walk:
             continue
         raw = extended["path"] if "path" in extended else _short_name(header)
         try:
-            name = raw.decode("utf-8")
+            name = raw[:_MAX_NAME].decode("utf-8")
         except UnicodeDecodeError:
-            found.rejected.append((repr(raw), entry, "its name is not UTF-8"))
+            found.rejected.append((repr(raw[:_MAX_NAME]), entry, "its name is not UTF-8"))
         else:
             if kind in b"0\x007" and not name.endswith("/"):
-                if extended and any(keyword.startswith("GNU.sparse") for keyword in extended):
+                if len(raw) > _MAX_NAME:
+                    found.rejected.append((name[:100], entry, f"a name of {len(raw):,} bytes"))
+                elif _SPARSE in extended:
                     found.rejected.append((name, entry, f"{_KINDS[b'S']}, not a regular file"))
                 elif archive[start + size : after].strip(b"\0"):  # every archiver fills the last block with zeroes
                     found.rejected.append((name, entry, "something stands in the rest of its last block: blocks are missing, or too many"))
@@ -168,6 +234,15 @@ def walk(archive: bytes | mmap.mmap) -> Walk:
     return found
 
 
+def no_tar(block: bytes) -> str:
+    """Why these bytes, the first BLOCK of a file, do not begin a tar; empty where they do."""
+    if block[:2] == _GZIP:
+        return _COMPRESSED
+    if len(block) < BLOCK:
+        return f"{len(block)} bytes in all" if block else "it is empty"
+    return _check_header(block)[0] if any(block) else ""
+
+
 def _check_header(header: bytes) -> tuple[str, int]:
     """(what is wrong or "", size) of one header block."""
     stored = _octal(header[148:156])
@@ -179,9 +254,10 @@ def _check_header(header: bytes) -> tuple[str, int]:
 
 
 def _octal(digits: bytes) -> int | None:
+    digits = digits.strip(b" \0")
     try:
-        return int(digits.rstrip(b" \0") or b"0", 8)
-    except ValueError:
+        return int(digits or b"0", 8) if digits.isdigit() or not digits else None
+    except ValueError:  # an 8 or a 9
         return None
 
 
@@ -193,20 +269,24 @@ def _short_name(header: bytes) -> bytes:
 
 
 def _parse_pax(body: bytes) -> dict[str, bytes] | None:
-    """The records of a pax header, `LENGTH keyword=value\\n` each."""
-    records, at = {}, 0
+    """Of the records of a pax header, `LENGTH keyword=value\\n` each, those that say how a member is called, how large, and sparse."""
+    records: dict[str, bytes] = {}
+    at = 0
     while at < len(body) and body[at]:
         digits, blank, _ = body[at : at + 20].partition(b" ")
         end = at + int(digits) if blank and digits.isdigit() else 0
         keyword, equals, value = body[at + len(digits) + 1 : end].partition(b"=")
         if end > len(body) or not equals or value[-1:] != b"\n":
             return None
-        records[keyword.decode("utf-8", "replace")] = value[:-1]
+        if keyword in (b"path", b"size"):
+            records[keyword.decode()] = value[:-1]
+        elif keyword.startswith(_SPARSE.encode()):
+            records[_SPARSE] = b""
         at = end
     return records
 
 
-def _check_end(archive: bytes | mmap.mmap, at: int) -> tuple[int, str] | None:
+def _check_end(archive: bytes | Archive, at: int) -> tuple[int, str] | None:
     """What is wrong with the end of an archive whose first zero block is at `at`: two such blocks, and nothing behind them."""
     if len(archive) < at + len(END_OF_ARCHIVE):
         return at, "the file ends inside the end-of-archive blocks"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.errors import DataError, UsageError
+from stages.files import inside, read_text_inside
 
 Kind = Literal["evaluation", "checkpoint", "shards"]
 
@@ -131,7 +132,7 @@ def read_folder(path: Path) -> Folder:
     else:
         hint = "report takes the folders that other stages wrote"
         raise UsageError(f"{path}: neither shards, nor a checkpoint, nor an evaluation", hint=hint)
-    meta = path / ".mmgen" if (path / ".mmgen").is_dir() else path
+    meta = inside(path, ".mmgen") or path
     results = read_json(path / "results.json").get("results", [])
     if not isinstance(results, list):
         raise DataError(f"{path / 'results.json'}: results: expected a list, found {type(results).__name__}")
@@ -156,10 +157,8 @@ def parsed(text: str) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when the file is absent."""
-    if not path.exists():
-        return {}
     try:
-        value = parsed(path.read_text(encoding="utf-8"))
+        value = parsed(read_text_inside(path.parent, path.name) or "{}")
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON object, found {error}") from None
     if not isinstance(value, dict):
@@ -169,10 +168,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
     """The whole lines of a metrics.jsonl; the last one may have been cut by a kill."""
-    if not path.exists():
-        return ()
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: U+2028 may stand in a string
+    for line in (read_text_inside(path.parent, path.name) or "").split("\n"):  # not splitlines: U+2028 may stand in a string
         try:
             lines.append(parsed(line))
         except (ValueError, RecursionError):

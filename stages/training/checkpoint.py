@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stages.errors import DataError, RecipeError, UsageError
 from stages.escape import file_name, markdown, visible
-from stages.files import copy_tokenizer, write_atomic
+from stages.files import copy_tokenizer, inside, read_json_inside, write_atomic
 from stages.model import Model, build_model, count_parameters, covers, meta_model, on_meta
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
 from stages.parts.config import MAX_PIXELS, shown
@@ -43,7 +43,11 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. DataError if it is damaged."""
+    """All tensors of a safetensors file. DataError if it is damaged, or no file of the folder itself.
+
+    The library judges the header before anything else; the tensors are mapped and not read before they are used.
+    """
+    inside(path.parent, path.name)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -122,8 +126,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
 
 def checkpoint_input(path: str, folder: Path, role: str = "model") -> dict[str, Any]:
     """A checkpoint as an input of a run: what it computes, and the run that made it."""
-    run = folder / "run.json"
-    provenance = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    provenance = read_json_inside(folder, "run.json")
     kept = {
         key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance
     }
@@ -140,7 +143,7 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_weights(folder / WEIGHTS).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     recipe = load_recipe(folder)
     sections = {key: recipe.source.get(key) for key in ("autoencoders", "encoders", "backbones", "ports") if recipe.source.get(key)}
     digest.update(json.dumps(sections, sort_keys=True).encode())
@@ -213,14 +216,11 @@ class Checkpoint:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a training stage has begun here and not yet written its checkpoint."""
-    status = folder / "status.json"
-    if (folder / "config.json").is_file() or not status.is_file():
-        return False
-    return json.loads(status.read_text(encoding="utf-8")).get("stage") in get_args(Stage)
+    return not (folder / "config.json").exists() and read_json_inside(folder, "status.json").get("stage") in get_args(Stage)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's recipe and config, without weights. UsageError if it is not one."""
+    """Read a checkpoint's recipe and config, without weights. UsageError if it is not one, DataError where it names what is not its own."""
     for name in ("config.json", "recipe.toml"):
         if not (folder / name).is_file():
             if is_unfinished(folder):
@@ -229,9 +229,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             what = "no such folder" if not folder.is_dir() else f"not a checkpoint, there is no {name}"
             raise UsageError(f"{folder}: {what}", hint="a checkpoint is what pretrain-tokenizer, align and train-unified write to --out")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizers = {address: folder / "tokenizers" / name for address, name in config.get("tokenizers", {}).items()}
-    return Checkpoint(folder, load_recipe(folder), config, tokenizers)
+    config = read_json_inside(folder, "config.json")
+    return Checkpoint(folder, load_recipe(folder), config, _tokenizers_of(folder, config))
+
+
+def _tokenizers_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
+    """Where the tokenizers lie that config.json names: below the checkpoint, nowhere else."""
+    named = config.get("tokenizers", {})
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise DataError(f"{folder / 'config.json'}: tokenizers: expected a table of addresses and folder names")
+    found = {}
+    for address, name in named.items():
+        try:
+            found[address] = inside(folder, "tokenizers", name) or folder / "tokenizers" / name
+        except DataError as error:
+            raise DataError(f"{folder / 'config.json'}: tokenizers.{address}: {error.message}", hint=error.hint) from None
+    return found
 
 
 def load_model(folder: Path, device: str = "cpu", *, untrained: bool = False, seed: int = 0) -> tuple[Checkpoint, Model]:

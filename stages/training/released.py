@@ -15,7 +15,6 @@ A language model fills the first expert of a network, or the one that is named, 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stages.errors import DataError, UsageError
+from stages.files import inside, read_json_inside
 from stages.hub import resolve
 from stages.model import Model, covers
 from stages.parts.autoencoders import Autoencoder
@@ -81,7 +81,7 @@ class Released:
         digest = hashlib.sha256(repr(read).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -231,17 +231,12 @@ def read_released(path: Path, inside: str = "", family: str = "autoencoders", *,
     else:
         everything = read_torch(path, "meta" if shapes_only else "cpu")
         tensors = {name: everything[full] for name, full in select(everything, str(path), inside).items()}
-    config = folder / "config.json"
-    try:
-        facts = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{config}: not JSON: {error}") from None
-    return Released(str(path), family, tensors, facts if isinstance(facts, dict) else {})
+    return Released(str(path), family, tensors, read_json_inside(folder, "config.json"))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The pieces of the one model in a folder."""
-    found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    """The pieces of the one model in a folder. What its index lists are names of files beside it, nothing else."""
+    found = {path.name: path for path in sorted(folder.glob("*.safetensors")) if inside(folder, path.name)}
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     stems = [*(index.name.removesuffix(".safetensors.index.json") for index in indexes), *USUAL]
     for stem in stems:
@@ -249,7 +244,10 @@ def weight_files(folder: Path) -> list[Path]:
             return [found[f"{stem}.safetensors"]]
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = read_json_inside(folder, index.name, kind="index of weights").get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise DataError(f"{index}: expected a weight_map of tensors and files")
+            names = sorted(set(listed.values()))
             absent = [name for name in names if name not in found]
             if absent:
                 raise DataError(f"{index}: lists {', '.join(absent)}, not in the folder")

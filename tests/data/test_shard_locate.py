@@ -2,11 +2,13 @@ import http.server
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages.data.locate import locate, split_folders
 from stages.data.shards import open_shards
+from stages.data.tar_format import END_OF_ARCHIVE, member_bytes
 from stages.errors import DataError, UsageError
 
 
@@ -166,3 +168,63 @@ def test_home_is_expanded(tmp_path, write_set, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(open_shards("~/set")) == 3
     assert Path("~/set").expanduser() == tmp_path / "set"
+
+
+@pytest.fixture
+def answered(tmp_path, monkeypatch):
+    """A server whose answer the test chooses: status, headers, body."""
+    answer: dict[str, Any] = {"status": 200, "headers": {}, "body": b""}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(answer["status"])
+            for name, value in answer["headers"].items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer["body"])
+
+    monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/x.tar", answer
+    server.shutdown()
+    server.server_close()
+
+
+TAR = member_bytes("a.txt", b"x") + member_bytes("b.txt", b"y") + END_OF_ARCHIVE
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "words"),
+    [
+        (200, {"Content-Type": "text/html"}, b"<!DOCTYPE html><title>Sign in</title>" + b" " * 2000, "text/html"),
+        (200, {"Content-Type": "application/json"}, b'{"error": "quota"}', "18 bytes"),
+        (200, {}, b"", ""),
+        (204, {}, b"", "204"),
+        (206, {"Content-Range": "bytes 0-511/4096"}, TAR, "206"),
+        (203, {}, TAR, "203"),
+        (200, {}, TAR[:1536], "1,536 bytes"),
+        (200, {}, TAR[:-600], "end-of-archive"),
+        (200, {}, b"\x1f\x8b" + bytes(600), "gzip"),
+    ],
+)
+def test_an_answer_that_is_no_tar_is_not_kept_and_the_message_says_what_came(answered, tmp_path, status, headers, body, words):
+    address, answer = answered
+    answer.update(status=status, headers=headers, body=body)
+    with pytest.raises(DataError, match=r"x\.tar") as raised:
+        open_shards(address)
+    assert words in raised.value.message
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    answer.update(status=200, headers={}, body=TAR)
+    assert [sample.key for sample in open_shards(address)] == ["a", "b"]
+
+
+def test_what_is_no_tar_in_the_cache_is_fetched_anew(answered, tmp_path):
+    address, answer = answered
+    answer["body"] = TAR
+    (path,) = open_shards(address).paths
+    path.write_bytes(b"<html>an older version kept this</html>")
+    assert len(open_shards(address)) == 2

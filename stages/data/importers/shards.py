@@ -5,7 +5,6 @@ every sample checked once. Bare members get the names of `BARE_FIELDS` (jpg: ima
 """
 
 import hashlib
-import mmap
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from stages.data.importers.raw import BadFile, RawData, check_fit, check_fractio
 from stages.data.locate import Place, locate, split_folders
 from stages.data.sample import FORMATS, IMAGE_FORMATS, Encoded, Sample, decode_image, decode_value
 from stages.data.shards import group_members
-from stages.data.tar_format import Walk, walk
+from stages.data.tar_format import Archive, Walk, walk
 from stages.errors import DataError, UsageError
 
 
@@ -86,23 +85,23 @@ def _read_tar(path: Path, *, dotted: bool) -> Iterator[Sample | BadFile]:
     if path.stat().st_size == 0:
         yield BadFile(str(path), "an empty file")
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as archive:
-        walked = walk(archive)
-        if dotted:
-            members = [member._replace(name=_undotted(member.name)) for member in walked.members]
-            walked = Walk(members, walked.rejected, walked.damage, walked.end)
-        for group in group_members(walked)[0]:
-            if group.problem is not None:
-                member, offset, reason = group.problem
-                yield BadFile(f"{path}: {member} at byte {offset:,}", reason)
-            elif group.fields:
-                fields = {
-                    name: Encoded(suffix.rpartition(".")[2].lower(), archive[at : at + size])
-                    for name, (suffix, at, size) in group.fields.items()
-                }
-                yield Sample(group.key, fields, str(path))
-        if walked.damage:
-            yield BadFile(f"{path}: what follows byte {walked.damage[0]:,}", walked.damage[1])
+    archive = Archive(path)
+    walked = walk(archive)
+    if dotted:
+        members = [member._replace(name=_undotted(member.name)) for member in walked.members]
+        walked = Walk(members, walked.rejected, walked.damage, walked.end)
+    for group in group_members(walked)[0]:
+        if group.problem is not None:
+            member, offset, reason = group.problem
+            yield BadFile(f"{path}: {member} at byte {offset:,}", reason)
+        elif group.fields:
+            fields = {
+                name: Encoded(suffix.rpartition(".")[2].lower(), archive[at : at + size])
+                for name, (suffix, at, size) in group.fields.items()
+            }
+            yield Sample(group.key, fields, str(path))
+    if walked.damage:
+        yield BadFile(f"{path}: what follows byte {walked.damage[0]:,}", walked.damage[1])
 
 
 def _undotted(name: str) -> str:

@@ -4,7 +4,6 @@ Read is tokenizer.json, the file of Hugging Face's `tokenizers`, or what a GGUF 
 tokenizer_config.json or config.json. Special tokens that a recipe asks for and the release lacks get ids behind its last one.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from stages.errors import DataError, RecipeError, UsageError
+from stages.files import read_json_inside
 from stages.parts.backbones.gguf_file import tokenizer_of
 from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig, read_table
 
@@ -70,7 +70,7 @@ def special_names(file: Path, tokenizer: Tokenizer, special: Iterable[str] = ())
     if file.suffix == ".gguf":
         settings, config = tokenizer_of(file)[1], dict[str, Any]()
     else:
-        settings, config = _json(folder / "tokenizer_config.json"), _json(folder / "config.json")
+        settings, config = read_json_inside(folder, "tokenizer_config.json"), read_json_inside(folder, "config.json")
     found: dict[str, str] = {}
     for token, role in {**ROLES, **{token: role for token, role in AROUND_PICTURES.items() if token in special}}.items():
         said = settings.get(role)
@@ -83,11 +83,3 @@ def special_names(file: Path, tokenizer: Tokenizer, special: Iterable[str] = ())
     if EOS not in found:
         raise DataError(f"{file}: neither tokenizer_config.json nor config.json beside it says which token ends a text (eos_token)")
     return {**{token: found[EOS] for token in ROLES}, **found}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from stages.errors import DataError, MmgenError, RecipeError, UsageError, nearest
-from stages.files import write_atomic
+from stages.files import read_json_inside, read_text_inside, write_atomic
 from stages.parts.backbones.gguf_file import tokenizer_of
 from stages.parts.config import MAX_ENTRIES, Entries, Names, PartConfig
 from stages.parts.tokenizers.picture_entries import without_codes
@@ -173,7 +173,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: expected a text tokenizer, but there is no {name}")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_json_inside(folder, "tokenizer_config.json")
     if "mmgen" not in settings:
         raise UsageError(f"{folder / 'tokenizer_config.json'}: no 'mmgen' section, so it was not written by pretrain-tokenizer")
     config = parse_part(TOKENIZERS, settings["mmgen"], f"{folder / 'tokenizer_config.json'}: mmgen")
@@ -183,7 +183,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 def read_table(file: Path) -> Tokenizer:
     """A tokenizer.json without entries that are codes of pictures, or the tokenizer in a GGUF file. DataError if it is damaged."""
     try:
-        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else file.read_text(encoding="utf-8")
+        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else read_text_inside(file.parent, file.name) or ""
         return Tokenizer.from_str(without_codes(text))
     except MmgenError:
         raise
