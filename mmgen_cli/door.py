@@ -197,7 +197,10 @@ def read_status(out: Path) -> dict[str, Any]:
     """status.json of a run folder, whichever kind it is; {} where there is none."""
     for path in (out / ".mmgen" / "status.json", out / "status.json"):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            from stages.documents import read_object
+            from stages.records import Status
+
+            return read_object(path, Status)
     return {}
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from stages.documents import MAX_TOML_BYTES, check_value, parse_toml, read_bytes, shown
 from stages.errors import RecipeError, nearest
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
@@ -35,6 +36,7 @@ RECIPES = Path(__file__).parent / "recipes"
 FROM_NO_FIELD = (Content.QUERIES, Content.HIDDEN)  # segments that are not filled with anything of the sample
 HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
+MAX_ADDRESS = 20  # steps of a key that --set reaches
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
 
 
@@ -269,15 +271,13 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
     sets: `address=value` strings, values in TOML. Raises RecipeError with the key, its line, and the nearest valid name.
     """
     path = _find(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: this is not TOML: {error}") from None
+    data = read_bytes(path, most=MAX_TOML_BYTES, error=RecipeError)
+    tables, text = parse_toml(data, path, error=RecipeError), data.decode("utf-8-sig")
     name, family = tables.pop("name", path.stem), tables.pop("family", path.parent.name)
     resolved_size = tables.pop("size", None)
+    for key, value in (("name", name), ("family", family), ("size", resolved_size)):
+        if not isinstance(value, str | None):
+            raise RecipeError(f"{path}{_line_of(key, text)}: {key}: expected a text, found {shown(value)}")
     if size is not None and size not in SIZES:
         raise RecipeError(f"there is no size '{size}'", hint=nearest(size, SIZES))
     sizes = tables.pop("sizes", None)
@@ -290,6 +290,8 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
             )
         chosen = resolved_size
     else:
+        if not isinstance(sizes, dict) or not all(isinstance(change, dict) for change in sizes.values()):
+            raise RecipeError(f"{path}{_line_of('sizes', text)}: sizes: expected tables [sizes.tiny], [sizes.small] and [sizes.paper]")
         missing = [s for s in SIZES if s not in sizes]
         unknown = [s for s in sizes if s not in SIZES]
         if missing or unknown:
@@ -355,9 +357,16 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
     if not equals or not address:
         raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as phases.joint.steps=200")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        tables_of_value = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string
+    else:
+        if tables_of_value.keys() != {"value"}:  # a line break, and then further keys
+            raise RecipeError(f"--set {assignment}: expected one value")
+        value = tables_of_value["value"]
+        check_value(tables_of_value, f"--set {address}", error=RecipeError, whole_numbers=True)
+    if address.count(".") > MAX_ADDRESS:
+        raise RecipeError(f"--set {address:.60}…: no key of a recipe lies so deep")
     change: Any = value
     for key in reversed(address.strip().split(".")):
         change = {key: change}
@@ -369,6 +378,9 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
 
 def _validate(tables: dict[str, Any], name: str, family: str, size: str, *, where: str, text: str = "") -> Recipe:
     source = _copy(tables)
+    for table in ("init_from", "encoders", "backbones", "autoencoders"):
+        if not isinstance(tables.get(table, {}), dict):
+            raise RecipeError(f"{where}{_line_of(table, text)}: {table}: expected a table, found {shown(tables[table])}")
     init_from: dict[str, str] = dict(tables.get("init_from", {}))
     tables = _copy(tables)
     for table in ("encoders", "backbones", "autoencoders"):

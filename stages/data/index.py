@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.data.sample import IMAGE_FORMATS, image_shape, npy_header
+from stages.documents import MAX_DEPTH, check_value
 from stages.errors import DataError
 from stages.files import write_atomic
 
@@ -106,6 +107,7 @@ def parse_index(text: str, where: str) -> ShardIndex:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    check_value(index.provenance, f"{where}: provenance", most=MAX_DEPTH // 2)  # it will be nested in that of others
     names = [entry.name for entry in index.shardlist]
     for entry in index.shardlist:
         if not entry.url.startswith("../") or not TAR_NAME.fullmatch(entry.name):

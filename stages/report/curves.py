@@ -11,19 +11,20 @@ from stages.report.chart import Line, line_chart
 from stages.report.folders import Folder
 from stages.report.html import Markup, el
 
+LARGEST = 1e100  # what can be drawn; neither infinite nor no number
 WHEN = ("step", "samples", "tokens", "seconds")  # numbers that say when, rather than how it went
 
 
 def curves(folders: Sequence[Folder]) -> list[Markup]:
     """Charts of every folder that has metrics: losses first, with a switch between linear and logarithmic, then the rest."""
-    trained = [folder for folder in folders if any("step" in line for line in folder.metrics)]
+    trained = [folder for folder in folders if any(is_number(line.get("step")) for line in folder.metrics)]
     if not trained:
         return []
     charts: dict[str, list[Line]] = defaultdict(list)
     for tone, folder in enumerate(trained):
         names = dict.fromkeys(name for line in folder.metrics for name in line if name not in WHEN)
         for name in names:
-            points = [(line["step"], line[name]) for line in folder.metrics if "step" in line and is_number(line.get(name))]
+            points = [(line["step"], line[name]) for line in folder.metrics if is_number(line.get("step")) and is_number(line.get(name))]
             held_out = name.startswith("val/")
             label = " ".join(part for part in (folder.name if len(trained) > 1 else "", "validation" if held_out else "training") if part)
             if len({value for _, value in points}) > 1:  # what never changes has no curve
@@ -47,7 +48,7 @@ def curves(folders: Sequence[Folder]) -> list[Markup]:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def loss_chart(name: str, lines: list[Line]) -> Markup:

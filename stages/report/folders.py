@@ -5,13 +5,14 @@ Evaluations of checkpoints hold the samples they judged in `samples/`. Nothing i
 """
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from stages.documents import parse_object, read_object_if_any, sound
 from stages.errors import DataError, UsageError
+from stages.records import MetricsLine, Record, Results, Status, recipe_tables
 
 Kind = Literal["evaluation", "checkpoint", "shards"]
 
@@ -30,12 +31,12 @@ class Folder:
 
     @property
     def recipe_toml(self) -> str:
-        return self.record.get("recipe", "")
+        return self.record.get("recipe") or ""
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain tables; empty for runs without one."""
-        return tomllib.loads(self.recipe_toml)
+        return recipe_tables(self.record)
 
 
 def read_folders(paths: list[Path]) -> list[Folder]:
@@ -67,8 +68,9 @@ def read_folder(path: Path) -> Folder:
         hint = "report takes the folders that other stages wrote"
         raise UsageError(f"{path}: neither shards, nor a checkpoint, nor an evaluation", hint=hint)
     meta = path / ".mmgen" if (path / ".mmgen").is_dir() else path
-    results = read_json(path / "results.json").get("results", [])
-    record, status, metrics = read_json(meta / "run.json"), read_json(meta / "status.json"), read_lines(meta / "metrics.jsonl")
+    results = read_object_if_any(path / "results.json", Results).get("results", [])
+    record, status = read_object_if_any(meta / "run.json", Record), read_object_if_any(meta / "status.json", Status)
+    metrics = read_lines(meta / "metrics.jsonl")
     return Folder(path, kind, record, status, metrics, tuple(results))
 
 
@@ -77,30 +79,18 @@ def holds_shards(path: Path) -> bool:
     return path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*/*.tar")))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when the file is absent."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: expected a JSON object, found {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """The whole lines of a metrics.jsonl; the last one may have been cut by a kill."""
-    if not path.exists():
+    """The whole lines of a metrics.jsonl, of which a kill may have cut one; where and when a line was written are numbers in it."""
+    if not path.is_file():
         return ()
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return tuple(line for line in lines if isinstance(line, dict))
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                lines.append(sound(parse_object(line, path), MetricsLine))
+            except DataError:
+                continue
+    return tuple(lines)
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
@@ -134,12 +124,13 @@ def chain(folders: list[Folder]) -> list[Link]:
     """
     links: dict[str, Link] = {}
 
-    def visit(path: str, record: Mapping[str, Any], fingerprint: str) -> int:
+    def visit(path: str, record: Mapping[str, Any], fingerprint: str, above: frozenset[str]) -> int:
         depth = 0
         for entry in inputs_of(record):
-            place, nested = str(entry.get("path") or ""), entry.get("provenance") or {}
-            own = record_at(place, made_before=record.get("started")) if not nested.get("command") else {}
-            depth = max(depth, 1 + visit(place, own or nested, str(entry.get("fingerprint") or "")))
+            place, nested = str(entry.get("path") or ""), sound(entry.get("provenance"), Record)
+            unknown = place not in above and not nested.get("command")
+            own = record_at(place, made_before=record.get("started")) if unknown else {}
+            depth = max(depth, 1 + visit(place, own or nested, str(entry.get("fingerprint") or ""), above | {place}))
         identity = identity_of(record) or f"{path} {fingerprint}"
         known = links.get(identity)
         if known is None:
@@ -151,7 +142,7 @@ def chain(folders: list[Folder]) -> list[Link]:
 
     for folder in folders:
         if folder.record:
-            visit(str(folder.path), folder.record, "")
+            visit(str(folder.path), folder.record, "", frozenset())
     return sorted(links.values(), key=lambda link: (link.depth, str(link.record.get("started", ""))))
 
 
@@ -167,7 +158,7 @@ def inputs_of(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for name, value in record.items():
         if name == "joined" and isinstance(value, list):
             for inner in value:
-                yield from inputs_of(inner)
+                yield from inputs_of(inner) if isinstance(inner, Mapping) else ()
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, Mapping) and "fingerprint" in entry and ("path" in entry or "provenance" in entry):
                 yield entry
@@ -180,7 +171,10 @@ def record_at(path: str, *, made_before: str | None) -> dict[str, Any]:
         return {}
     for folder in (Path(path), Path(path).parent):
         for file in (folder / ".mmgen" / "run.json", folder / "run.json"):
-            record = read_json(file)
+            try:
+                record = read_object_if_any(file, Record)
+            except (OSError, DataError):  # what lies there now is not part of this report
+                continue
             if record and str(record.get("finished") or "9") <= str(made_before or "9"):
                 return record
     return {}

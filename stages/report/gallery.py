@@ -11,9 +11,11 @@ import numpy as np
 
 from stages.data.scenes import Scene, SceneObject, described_scene, parse_caption, read_scene
 from stages.data.shards import open_shards, split_folders
+from stages.errors import DataError
 from stages.metrics.codebook import perplexity, usage
 from stages.metrics.psnr import is_reconstruction, psnr
 from stages.metrics.question_accuracy import plain
+from stages.metrics.score import check_fields
 from stages.report.chart import sorted_bars
 from stages.report.folders import Folder
 from stages.report.html import Markup, el
@@ -54,8 +56,14 @@ def look_through(folder: Folder, limit: int) -> Made:
         sample = shards.read_or_skip(index)
         if sample is None:
             continue
+        check_fields(sample.fields, sample)
         if code_field:
-            for code in sample.fields[code_field].ravel().tolist():
+            codes = np.asarray(sample.fields[code_field]).ravel()
+            if codes.dtype.kind not in "iu" or (codes.size and not 0 <= codes.min() <= codes.max() < len(made.code_counts)):
+                raise DataError(
+                    f"{sample.source}: {sample.key}: field '{code_field}': expected codes from 0 to {len(made.code_counts) - 1}"
+                )
+            for code in codes.tolist():
                 made.code_counts[code] += 1
         for name, shown, fits in kinds:
             if fits(sample.fields):
@@ -88,10 +96,10 @@ def drawn_card(fields: Fields, pictures: Pictures) -> Markup | None:
 
 def verdict(picture: Any, graph: dict[str, Any]) -> Markup:
     """The reader's word on each object that was asked for, and on each that was not."""
-    truth = Scene.from_json(graph)
     try:
+        truth = Scene.from_json(graph)
         reading = read_scene(picture, truth.level)
-    except ValueError as error:
+    except (ValueError, DataError) as error:
         return el("p", {"class": "bad small"}, f"not readable: {error}")
     if not reading.valid:
         lines = [judged(False, described(asked, truth)) for asked in truth.objects]
@@ -153,7 +161,7 @@ def caption_card(fields: Fields, pictures: Pictures) -> Markup | None:
     picture = pictures.img(fields["image"], str(fields.get("caption") or "the picture described"))
     if picture is None:
         return None
-    given, true = fields["sample.caption"], fields.get("caption", "")
+    given, true = fields["sample.caption"], str(fields.get("caption", ""))
     lines = [el("li", {}, caption_sign(fields), el("span", {}, given or "(nothing)"))]
     if true and true != given:
         lines.append(el("li", {}, el("span"), el("span", {"class": "soft"}, true)))
@@ -164,7 +172,10 @@ def caption_sign(fields: Fields) -> Markup:
     """Whether a caption names exactly the objects of the scene, where there is a scene to ask."""
     if not fields.get("scene"):
         return el("span")
-    truth = Scene.from_json(fields["scene"])
+    try:
+        truth = Scene.from_json(fields["scene"])
+    except DataError:
+        return el("span")
     return sign(described_scene(parse_caption(fields["sample.caption"]), truth.level) == truth)
 
 
@@ -177,7 +188,8 @@ def reconstruction_card(fields: Fields, pictures: Pictures) -> Markup | None:
     original, again = pictures.img(fields["image"], f"original: {about}"), pictures.img(fields["sample.image"], f"reconstruction: {about}")
     if original is None or again is None:
         return None
-    quality = f"{psnr(fields['sample.image'], fields['image']):.1f} dB"
+    same = fields["sample.image"].shape == fields["image"].shape
+    quality = f"{psnr(fields['sample.image'], fields['image']):.1f} dB" if same else "of another size"
     left = el("figure", {}, original, el("figcaption", {}, "original"))
     right = el("figure", {}, again, el("figcaption", {}, el("span", {"class": "num"}, quality)))
     return el("article", {"class": "card"}, el("div", {"class": "pair"}, left, right))

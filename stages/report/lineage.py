@@ -27,7 +27,7 @@ def step(link: Link) -> Markup:
         f"took {lasted}" if lasted else "",
         f"seed {record['seed']}" if "seed" in record else "",
         fingerprint_text(link.fingerprint),
-        *(foreign(entry) for entry in record.get("inputs", []) if not entry.get("provenance")),
+        *(foreign(entry) for entry in record.get("inputs") or [] if not entry.get("provenance")),
     ]
     return el(
         "li",
@@ -78,7 +78,10 @@ def command_text(command: list[str]) -> str:
 def duration(started: str | None, finished: str | None) -> str:
     if not started or not finished:
         return ""
-    seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
+    try:
+        seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
+    except (ValueError, TypeError):  # no times, or one with a time zone and one without
+        return ""
     if seconds < 100:
         return f"{seconds} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

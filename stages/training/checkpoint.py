@@ -22,12 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from stages.documents import read_object, read_object_if_any, refuse_pointer
 from stages.errors import DataError, UsageError
 from stages.files import copy_tokenizer, write_atomic
 from stages.model import Model, build_model, count_parameters, covers
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.recipe import Recipe, Stage, load_recipe
+from stages.records import CheckpointConfig, Record, Status
 
 WEIGHTS = "model.safetensors"
 
@@ -106,7 +108,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
 def checkpoint_input(path: str, folder: Path, role: str = "model") -> dict[str, Any]:
     """A checkpoint as an input of a run: what it computes, and the run that made it."""
     run = folder / "run.json"
-    provenance = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    provenance = read_object_if_any(run, Record)
     kept = {
         key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance
     }
@@ -165,7 +167,7 @@ def is_unfinished(folder: Path) -> bool:
     status = folder / "status.json"
     if (folder / "config.json").is_file() or not status.is_file():
         return False
-    return json.loads(status.read_text(encoding="utf-8")).get("stage") in get_args(Stage)
+    return read_object(status, Status).get("stage") in get_args(Stage)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -178,7 +180,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             what = "no such folder" if not folder.is_dir() else f"not a checkpoint, there is no {name}"
             raise UsageError(f"{folder}: {what}", hint="a checkpoint is what pretrain-tokenizer, align and train-unified write to --out")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json", CheckpointConfig)
     tokenizers = {address: folder / "tokenizers" / name for address, name in config.get("tokenizers", {}).items()}
     return Checkpoint(folder, load_recipe(folder), config, tokenizers)
 
