@@ -24,6 +24,8 @@ MAX_DEPTH = 200  # provenance nests by three levels with every stage
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what other code can be given without an OverflowError
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Real = Annotated[float, Field(gt=-1e30, lt=1e30)]  # neither infinite nor no number
 
 
 class Document(BaseModel):

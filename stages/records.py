@@ -22,15 +22,15 @@ class Record(Document):
     stage: str = ""
     command: list[str] | None = None
     seed: Int | None = None
-    identity: dict[str, str] = {}
+    identity: dict[str, str] = Field(default={})
     recipe: str | None = None
-    inputs: list[Input] = []
+    inputs: list[Input] = Field(default=[])
     versions: dict[str, str] | None = None
     git_commit: str | None = None
     machine: dict[str, Any] | None = None
     started: str | None = None
     finished: str | None = None
-    launches: list[dict[str, Any]] = []
+    launches: list[dict[str, Any]] = Field(default=[])
     readme: str | None = None
     importer: str | None = None
     arguments: dict[str, Any] | None = None
@@ -59,7 +59,7 @@ class MetricsLine(Document):
 class Protocol(Document):
     """How a number was measured."""
 
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = Field(default={})
 
 
 class ResultRow(Document):
@@ -79,7 +79,7 @@ class ResultRow(Document):
 class Results(Document):
     """results.json."""
 
-    results: list[ResultRow] = []
+    results: list[ResultRow] = Field(default=[])
 
 
 class Shard(Document):
@@ -97,9 +97,9 @@ class ShardList(Document):
 class CheckpointConfig(Document):
     """config.json of a checkpoint of ours."""
 
-    tokenizers: dict[str, str] = {}
+    tokenizers: dict[str, str] = Field(default={})
     picture_size: Annotated[list[Int], Field(min_length=2, max_length=2)] | None = None
-    grids: dict[str, list[Int]] = {}
+    grids: dict[str, list[Int]] = Field(default={})
 
 
 class RecipeTables(Document):
@@ -107,9 +107,9 @@ class RecipeTables(Document):
 
     name: str = ""
     size: str = ""
-    paper: dict[str, Any] = {}
-    tasks: dict[str, Any] = {}
-    sample: dict[str, Any] = {}
+    paper: dict[str, Any] = Field(default={})
+    tasks: dict[str, Any] = Field(default={})
+    sample: dict[str, Any] = Field(default={})
 
 
 def recipe_tables(record: Mapping[str, Any]) -> dict[str, Any]:

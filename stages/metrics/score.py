@@ -85,7 +85,7 @@ class Meta(Document):
     """What is read of the field `meta`."""
 
     prompt_key: str = ""
-    tasks: list[str] = []
+    tasks: list[str] = Field(default=[])
 
 
 class Question(Document):

@@ -42,6 +42,7 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. DataError if it is damaged."""
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

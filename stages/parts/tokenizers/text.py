@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from stages.documents import parse_object, read_bytes, read_object
 from stages.errors import DataError, MmgenError, RecipeError, UsageError, nearest
 from stages.files import write_atomic
 from stages.parts.backbones.gguf_file import tokenizer_of
@@ -79,7 +81,8 @@ class TextTokenizer:
         for text in texts:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise DataError(f"not a valid text: {text[:60]!r} holds half a surrogate pair")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with rust_faults("the text tokenizer"):
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of some ids: the exact inverse of `encode`. Special tokens are left out unless special=True.
@@ -89,7 +92,8 @@ class TextTokenizer:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
-        return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
+        with rust_faults("the text tokenizer"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
 
     def extends(self, file: Path) -> bool:
         """Whether every entry of another tokenizer.json, or of the tokenizer in a GGUF file, has the same id here."""
@@ -124,7 +128,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: expected a text tokenizer, but there is no {name}")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_object(folder / "tokenizer_config.json")
     if "mmgen" not in settings:
         raise UsageError(f"{folder / 'tokenizer_config.json'}: no 'mmgen' section, so it was not written by pretrain-tokenizer")
     config = parse_part(TOKENIZERS, settings["mmgen"], f"{folder / 'tokenizer_config.json'}: mmgen")
@@ -133,13 +137,27 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 def read_table(file: Path) -> Tokenizer:
     """A tokenizer.json without entries that are codes of pictures, or the tokenizer in a GGUF file. DataError if it is damaged."""
+    text = tokenizer_of(file)[0] if file.suffix == ".gguf" else read_bytes(file).decode("utf-8", "replace")
+    parse_object(text, file)  # what is too deep would end the library, and with it the process
+    with rust_faults(str(file)):
+        table = Tokenizer.from_str(without_codes(text))
+        if not table.get_vocab():
+            raise DataError(f"{file}: a tokenizer without entries")
+        return table
+
+
+@contextmanager
+def rust_faults(where: str) -> Iterator[None]:
+    """What `tokenizers` raises for tables that it cannot use becomes a DataError: bare Exceptions, and panics, which are not even those."""
     try:
-        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else file.read_text(encoding="utf-8")
-        return Tokenizer.from_str(without_codes(text))
-    except MmgenError:
+        yield
+    except (MmgenError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot parse
-        raise DataError(f"{file}: {error}") from None
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{where}: no text tokenizer that can be used ({told:.200})") from None
 
 
 def texts_of(value: Any) -> Iterator[str]:
