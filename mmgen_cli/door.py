@@ -4,6 +4,7 @@ Errors are one screen on stderr and an exit code, never a traceback for a user's
 be streamed through it; a mistyped command or flag is answered with the nearest one there is.
 """
 
+import codecs
 import contextlib
 import errno
 import io
@@ -25,6 +26,16 @@ from stages.errors import MmgenError, UsageError, nearest
 from stages.options import RunOptions
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LIMITS = {errno.EMFILE: "`ulimit -n` says how many, and raises it", errno.ENFILE: "", errno.ENOMEM: "", errno.EAGAIN: ""}  # of this machine
+NO_BYTES = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
+    errno.EUCLEAN,
+}  # of a disk, or a network's
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the reader of our stdout went away
 
@@ -95,7 +106,8 @@ class Door(PlainGroup):
         return ["import", *(name for name in super().list_commands(ctx) if name != "import")]  # a story starts with the data
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
-        invocation = Invocation(tuple(sys.argv[1:] if args is None else args))
+        mend_standard_streams()
+        invocation = Invocation(tuple(with_home(sys.argv[1:] if args is None else args)))
         self._main_shell_completion({}, "mmgen")
 
         def run() -> None:
@@ -117,6 +129,8 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
         return _tell(error.message, error.hint, error.exit_code, invocation)
     except (KeyboardInterrupt, typer.Abort):
         return _tell("interrupted", "", 130, invocation)
+    except MemoryError as error:
+        return _tell(*_out_of_memory(error), 1, invocation)
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # so that Python, too, has nowhere left to complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,9 +140,18 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
             where = f": {error.filename}" if error.filename else ""
             hint = "make room, or name another --out; what is finished is whole, and the same command goes on from there"
             return _tell(f"{os.strerror(error.errno).lower()}{where}", hint, 1, invocation)
-        if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
+        if isinstance(error, OSError) and isinstance(error.errno, int) and not hasattr(error, "format_message"):
             path = error.filename2 or error.filename  # of a rename, where to
-            return _tell(f"{path}: {os.strerror(error.errno).lower()}", "name another path, or change its permissions", 2, invocation)
+            told = f"{path}: {os.strerror(error.errno).lower()}" if path else os.strerror(error.errno).lower()
+            if error.errno in LIMITS:
+                return _tell(told, LIMITS[error.errno], 1, invocation)
+            if error.errno in NO_BYTES:
+                return _tell(told, "the disk, or the network it is behind, gives no bytes", 3, invocation)
+            if path:
+                hint = "name another path, or change its permissions" if error.errno in NOT_ALLOWED else ""
+                return _tell(told, hint, 2, invocation)
+        if type(error).__name__ == "OutOfMemoryError" or re.search("can't allocate memory|not enough memory", str(error)):  # torch's
+            return _tell(*_out_of_memory(error), 1, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
             return _tell(*_usage_mistake(error), 2, invocation)
         return _tell(*_our_fault(error), 1, invocation)
@@ -136,13 +159,20 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
 
 def _tell(message: str, hint: str, exit_code: int, invocation: Invocation) -> int:
     if invocation.wants_json:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it; the exit code still tells
             print_json({"status": "failed", "exit_code": exit_code, "error": message, "hint": hint})
             sys.stdout.flush()
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    label = typer.style("error:", fg="red", bold=True) if colour else "error:"
-    print(f"{label} {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        label = typer.style("error:", fg="red", bold=True) if colour else "error:"
+        print(f"{label} {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr, flush=True)
     return exit_code
+
+
+def _out_of_memory(error: BaseException) -> tuple[str, str]:
+    """Message and hint where memory ends, with what was asked for where that is known."""
+    told = " ".join(str(error).split())
+    return f"out of memory{f': {told:.300}' if told else ''}", "a smaller --size or batch needs less; so does a smaller file"
 
 
 def _usage_mistake(error: Any) -> tuple[str, str]:
@@ -175,6 +205,59 @@ def _our_fault(error: Exception) -> tuple[str, str]:
 def _write_epilog(epilog: str | None, formatter: Any) -> None:
     if epilog:
         formatter.write("\n" + epilog.strip("\n") + "\n")
+
+
+# the process
+
+
+CLOSED: set[int] = set()  # standard streams that were closed when the process began
+
+
+def mend_standard_streams() -> None:
+    """Where a standard stream is closed (`>&-`), nothing is read or written there, and no file that is opened later takes its number.
+
+    What a stream cannot write in its encoding is escaped; bytes of file names that are no text stay what they are.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            CLOSED.add(number)
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (as long as the process)
+    codecs.register_error("mmgen", _written)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mmgen")
+
+
+def _written(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler of text streams: bytes that stood for no text as they were, else an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    pieces = [bytes([ord(x) - 0xDC00]) if "\udc80" <= x <= "\udcff" else x.encode("ascii", "backslashreplace") for x in letters]
+    return b"".join(pieces), error.end
+
+
+def with_home(words: Sequence[str]) -> list[str]:
+    """`~` where no shell replaces it: after `=`, as in --out=~/x and --init lm=~/x, and quoted after --out."""
+    replaced = []
+    for before, word in zip(("", *words), words, strict=False):
+        found = re.fullmatch(r"(-{0,2}[\w.-]+=)?(~(?:/.*)?)", word, re.DOTALL)
+        if (
+            found
+            and (found[1] or before in ("--out", "-o"))
+            and not word.startswith(("--prompt=", "--set="))
+            and before not in ("--prompt", "--set")
+        ):
+            word = (found[1] or "") + os.path.expanduser(found[2])
+        replaced.append(word)
+    return replaced
 
 
 # running a stage
@@ -227,7 +310,8 @@ def give_checkpoint(folder: Path, *, push: str | None, as_json: bool) -> None:
 
     address = upload(folder, push)
     give(folder, as_json=as_json, pushed=address)
-    print(f"pushed to {address}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"pushed to {address}", file=sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -258,6 +342,8 @@ def stdout_for(out: str, *, as_json: bool) -> Iterator[None]:
         raise UsageError("--out - is a stream from one process, and there are several ranks", hint="name a folder with --out")
     if as_json:
         raise UsageError("--json and --out - both write to stdout", hint="name a folder with --out, or leave --json away")
+    if 1 in CLOSED:
+        raise UsageError("--out - writes a tar to stdout, and stdout is closed", hint="name a folder with --out")
     real = sys.stdout
     if real.isatty():
         raise UsageError(
@@ -290,6 +376,8 @@ def check_stdin(spec: str | None) -> None:
     """`-` reads a tar from stdin; at a terminal that would wait for ever, and several ranks would each get a piece."""
     if spec == "-" and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("- is a stream for one process, and there are several ranks", hint="name a folder")
+    if spec == "-" and 0 in CLOSED:
+        raise UsageError("- reads a tar from stdin, and stdin is closed", hint="pipe one in, or name a folder")
     if spec == "-" and sys.stdin.isatty():
         raise UsageError(
             "- reads a tar from stdin, and stdin is this terminal", hint="pipe one in, as in `mmgen import ... --out - | mmgen ...`"

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ class Progress:
     def __init__(self, stage: str, *, quiet: bool = False) -> None:
         self.stage = stage
         self.quiet = quiet
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar: rich.progress.Progress | None = None
         self._last_line = time.monotonic()
 
@@ -37,8 +38,9 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(message, file=sys.stderr, flush=True)
+        elif sys.stderr is not None:
+            with suppress(OSError, ValueError):  # whoever watched is gone, or the disk of the log is full: the work goes on
+                print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Takes the bar away. Saying something afterwards is fine."""

@@ -294,7 +294,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.stop_signal = number
         if not self.options.quiet and self.rank == 0:
             again = "; Ctrl-C again aborts at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{self.stage}: stopping as soon as the state is saved{again}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{self.stage}: stopping as soon as the state is saved{again}\n".encode())
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -136,4 +136,4 @@ def _opener() -> urllib.request.OpenerDirector:
 
 def cache_folder() -> Path:
     """$MMGEN_CACHE, by default ~/.cache/mmgen."""
-    return Path(os.environ.get("MMGEN_CACHE", "~/.cache/mmgen")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("MMGEN_CACHE") or "~/.cache/mmgen"))

@@ -6,6 +6,7 @@ of splits. Commands (`pipe:`), which webdataset would run, are refused.
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -124,11 +125,10 @@ def _locate_part(part: str, spool: Path | None) -> list[Place]:
 def _path(name: str) -> Path:
     """The path a person means, which need not be there. UsageError for what can be no path."""
     try:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         path.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, say, or the home of nobody
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise UsageError(f"SHARDS: {name:.200}: {reason.lower()}") from None
+    except OSError as error:  # too long a name, say
+        raise UsageError(f"SHARDS: {name:.200}: {(error.strerror or str(error)).lower()}") from None
     return path
 
 

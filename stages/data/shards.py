@@ -677,9 +677,12 @@ class Shards:
         """The tar's bytes, mapped; the least recently used maps are let go."""
         archive = self._archives.get(path)
         if archive is None:
-            with path.open("rb") as file:
-                empty = os.fstat(file.fileno()).st_size == 0
-                archive = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with path.open("rb") as file:
+                    empty = os.fstat(file.fileno()).st_size == 0
+                    archive = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                raise DataError(f"{path}: gone since it was opened", hint="were these shards made anew meanwhile?") from None
             self._archives[path] = archive
             if len(self._archives) > _OPEN_ARCHIVES:
                 self._archives.popitem(last=False)
