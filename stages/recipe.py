@@ -334,7 +334,11 @@ def _merge(base: dict[str, Any], change: Mapping[str, Any], where: str) -> dict[
     for key, value in change.items():
         here = f"{where}.{key}"
         old = base.get(key)
-        if isinstance(old, list) and isinstance(value, Mapping) and all(isinstance(item, dict) and "name" in item for item in old):
+        if (
+            isinstance(old, list)
+            and isinstance(value, Mapping)
+            and all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in old)
+        ):
             by_name = {item["name"]: item for item in old}
             for name, part in value.items():
                 if name not in by_name:

@@ -16,6 +16,16 @@ class Input(Document):
     provenance: dict[str, Any] | None = None
 
 
+class Machine(Document):
+    """Where a run ran."""
+
+    platform: str | None = None
+    processor: str | None = None
+    cpus: Int | None = None
+    threads: Int | None = None
+    gpus: list[str] | None = None
+
+
 class Record(Document):
     """run.json, and the part of it that travels as provenance."""
 
@@ -27,7 +37,7 @@ class Record(Document):
     inputs: list[Input] = Field(default=[])
     versions: dict[str, str] | None = None
     git_commit: str | None = None
-    machine: dict[str, Any] | None = None
+    machine: Machine | None = None
     started: str | None = None
     finished: str | None = None
     launches: list[dict[str, Any]] = Field(default=[])
@@ -54,6 +64,8 @@ class MetricsLine(Document):
     seconds: float | None = None
     encode_per_second: float | None = None
     decode_per_second: float | None = None
+    height: Int | None = None
+    width: Int | None = None
 
 
 class Protocol(Document):

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.data.sample import IMAGE_FORMATS, image_shape, npy_header
-from stages.documents import MAX_DEPTH, check_value
+from stages.data.tar_format import BLOCK
+from stages.documents import MAX_DEPTH, check_value, shown
 from stages.errors import DataError
 from stages.files import write_atomic
 
@@ -33,7 +34,7 @@ class ShardEntry(BaseModel):
 
     url: str
     nsamples: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, lt=2**60)
     sha256: str
     first_key: str
     last_key: str
@@ -52,7 +53,7 @@ class FieldInfo(BaseModel):
     dtype: str | None
     shape: list[int | None] | None
     tokenizer: str | None = None
-    codebook_size: int | None = None
+    codebook_size: int | None = Field(default=None, ge=1, lt=2**31)
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(exclude={"codebook_size"} if self.codebook_size is None else None)
@@ -109,6 +110,9 @@ def parse_index(text: str, where: str) -> ShardIndex:
         raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     check_value(index.provenance, f"{where}: provenance", most=MAX_DEPTH // 2)  # it will be nested in that of others
     names = [entry.name for entry in index.shardlist]
+    for entry in index.shardlist:
+        if entry.nsamples * BLOCK > entry.bytes:  # the header of a member is a block, and a sample has at least one
+            raise DataError(f"{where}: {entry.name:.100}: {shown(entry.nsamples)} samples in {shown(entry.bytes)} bytes")
     for entry in index.shardlist:
         if not entry.url.startswith("../") or not TAR_NAME.fullmatch(entry.name):
             raise DataError(f"{where}: shard url '{entry.url}', expected '../' and the name of a tar beside .mmgen")

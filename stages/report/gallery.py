@@ -22,6 +22,7 @@ from stages.report.html import Markup, el
 from stages.report.pictures import Pictures
 
 Fields = dict[str, Any]
+MOST_CODES = 2**22  # of a codebook that is drawn
 MOST_LOOKED_AT = 3000  # samples read while searching for enough of each kind
 
 
@@ -43,7 +44,8 @@ def look_through(folder: Folder, limit: int) -> Made:
     made = Made(folder, [], [], [], [], [], {})
     splits = split_folders(str(folder.path))
     shards = open_shards(str(folder.path), split="val" if "val" in splits else next(iter(splits), None))
-    code_field = next((name for name in ("sample.image.codes", "image.codes") if shards.fields.get(name, {}).get("codebook_size")), None)
+    sizes = {name: info.get("codebook_size") or 0 for name, info in shards.fields.items()}
+    code_field = next((name for name in ("sample.image.codes", "image.codes") if 0 < sizes.get(name, 0) <= MOST_CODES), None)
     if code_field:
         made.code_counts.extend([0] * shards.fields[code_field]["codebook_size"])
     kinds: list[tuple[str, list[Fields], Callable[[Fields], bool]]] = [

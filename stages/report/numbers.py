@@ -307,7 +307,7 @@ def speeds(folders: list[Folder]) -> list[Markup]:
     """
     body = []
     for folder in folders:
-        lines = [line for line in folder.metrics if line.keys() >= SPEED.keys()]
+        lines = [line for line in folder.metrics if all(line.get(name) is not None for name in SPEED)]
         for line in {(line.get("height"), line.get("width")): line for line in lines}.values():
             said = [f"{line[name]} {word}".strip() for name, word in HOW.items() if name in line]
             size = f"{line['height']} × {line['width']}" if {"height", "width"} <= line.keys() else ""

@@ -179,6 +179,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise DataError(f"{path}: {stored.name} {tuple(value.shape)} does not divide into pairs of {heads} = {count}")
             value = value.unflatten(0, (count, -1, 2)).transpose(1, 2).reshape(value.shape)
         tensors[name] = value
+    if "model.embed_tokens.weight" not in tensors:
+        raise DataError(f"{path}: there is no token_embd.weight, so this is no language model")
     if unknown:
         raise DataError(f"{path}: weights that no language model read here has: {', '.join(unknown[:6])}{' …' if len(unknown) > 6 else ''}")
     return tensors, config
