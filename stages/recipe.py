@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import nn
 
 from stages.documents import MAX_TOML_BYTES, check_value, parse_toml, read_bytes, shown
 from stages.errors import RecipeError, nearest
@@ -343,6 +344,8 @@ def _merge(base: dict[str, Any], change: Mapping[str, Any], where: str) -> dict[
             for name, part in value.items():
                 if name not in by_name:
                     raise RecipeError(f"{here}.{name}: there is no phase '{name}'", hint=nearest(name, by_name))
+                if not isinstance(part, Mapping):
+                    raise RecipeError(f"{here}.{name}: expected a table, found {shown(part)}")
                 _merge(by_name[name], part, f"{here}.{name}")
         elif (
             isinstance(old, dict)
@@ -458,12 +461,18 @@ def _line_of(key: str, text: str) -> str:
 
 def _check(recipe: Recipe) -> None:
     """What the tables must agree on before anything is built (recipe pages call these the load-time checks)."""
+    for family in ("tokenizers", "encoders", "autoencoders", "backbones", "ports", "objectives"):
+        for name in getattr(recipe, family):
+            _check_name(name, f"{family}.{name}")
+    for name, network in recipe.backbones.items():
+        for expert in network.experts:
+            _check_name(expert, f"backbones.{name}.experts")
     for name, port in recipe.ports.items():
         here = f"ports.{name}"
-        _known(port.tokenizer, recipe.tokenizers, f"{here}.tokenizer")
-        _known(port.encoder, recipe.encoders, f"{here}.encoder")
-        _known(port.autoencoder, recipe.autoencoders, f"{here}.autoencoder")
-        _known(port.backbone, recipe.backbones, f"{here}.backbone")
+        _known(port.tokenizer, ("", *recipe.tokenizers), f"{here}.tokenizer")
+        _known(port.encoder, ("", *recipe.encoders), f"{here}.encoder")
+        _known(port.autoencoder, ("", *recipe.autoencoders), f"{here}.autoencoder")
+        _known(port.backbone, ("", *recipe.backbones), f"{here}.backbone")
         if port.enters == "sequence":
             if not recipe.backbones:
                 raise RecipeError(
@@ -474,7 +483,7 @@ def _check(recipe: Recipe) -> None:
             experts = recipe.backbones[backbone_of(recipe, port)].experts
             if len(experts) > 1 and not port.expert:
                 raise RecipeError(f"{here}.expert: write which one, there are several", hint=nearest("", experts))
-            _known(port.expert, experts, f"{here}.expert")
+            _known(port.expert, ("", *experts), f"{here}.expert")
         if port.grid_embedding != "none" and (port.content not in (Content.CODES, Content.LATENTS) or port.enters != "sequence"):
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.markers.row:
@@ -517,6 +526,9 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{here}.head: an objective needs a head" + (f", on ports.{owner}, which owns the vocabulary" if owner != name else "")
             )
+    for name, task in recipe.tasks.items():
+        for segment in task.flat():
+            _known(segment.port, recipe.ports, f"tasks.{name}.segments.port")
     for name, task in recipe.tasks.items():
         _check_task(recipe, name, task)
     names = [phase.name for phase in recipe.phases]
@@ -645,7 +657,6 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
     seen: set[str] = set()
     for segment in task.flat():
         here = f"tasks.{name}.segments"
-        _known(segment.port, recipe.ports, f"{here}.port")
         port = recipe.ports[segment.port]
         if port.content in FROM_NO_FIELD:
             if segment.field or segment.text:
@@ -713,9 +724,17 @@ def _check_guidance(recipe: Recipe) -> None:
             )
 
 
+def _check_name(name: str, where: str) -> None:
+    """Names are steps of addresses, and names of modules."""
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise RecipeError(
+            f"{where}: {shown(name)} cannot be a name", hint="letters, digits, - and _, and no word of torch's such as 'keys'"
+        )
+
+
 def _known(name: str, choices: Mapping[str, Any] | tuple[str, ...], where: str) -> None:
-    if name and name not in choices:
-        raise RecipeError(f"{where}: there is no '{name}'", hint=nearest(name, choices))
+    if name not in choices:
+        raise RecipeError(f"{where}: there is no '{name}'", hint=nearest(name, [choice for choice in choices if choice]))
 
 
 def backbone_of(recipe: Recipe, port: Port) -> str:

@@ -14,7 +14,7 @@ import pytest
 import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from worlds import CAPTIONS, mixed_recipe, text_tokenizer
+from worlds import mixed_recipe, text_tokenizer
 
 from stages.data.sample import Sample
 from stages.data.shards import ShardWriter, open_shards
@@ -197,7 +197,7 @@ def test_the_records_of_a_run(checkpoint: Path, tmp_path: Path, choose: random.R
         only_our_errors(lambda: checkpoint_input("x", checkpoint))
 
 
-@fuzzed
+@settings(fuzzed, max_examples=MANY or 12)
 @given(seeds)
 def test_the_lines_of_metrics(checkpoint: Path, tmp_path: Path, choose: random.Random) -> None:
     def change(data: bytes) -> bytes:
@@ -256,7 +256,7 @@ def test_the_index_of_shards(shards: Path, tmp_path: Path, choose: random.Random
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
-    text_tokenizer(CAPTIONS).save(folder)
+    text_tokenizer().save(folder)
     return folder
 
 

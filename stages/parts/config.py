@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stages.documents import shown
 from stages.errors import RecipeError, nearest
 
 
@@ -26,12 +27,12 @@ def parse_part(family: Mapping[str, type[Config]], table: Any, address: str) -> 
     Raises RecipeError that names the address, the key and the nearest valid name.
     """
     if not isinstance(table, Mapping):
-        raise RecipeError(f'{address}: expected a table such as {{ kind = "{next(iter(family))}" }}, found {table!r}')
+        raise RecipeError(f'{address}: expected a table such as {{ kind = "{next(iter(family))}" }}, found {shown(table)}')
     if "kind" not in table:
         raise RecipeError(f"{address}: `kind` is missing", hint=nearest("", family))
     kind = table["kind"]
-    if kind not in family:
-        raise RecipeError(f"{address}.kind: there is no '{kind}'", hint=nearest(str(kind), family))
+    if not isinstance(kind, str) or kind not in family:
+        raise RecipeError(f"{address}.kind: there is no {shown(kind)}", hint=nearest(str(kind)[:80], family))
     member = family[kind]
     for key in table:
         if key not in member.model_fields:
@@ -43,4 +44,4 @@ def parse_part(family: Mapping[str, type[Config]], table: Any, address: str) -> 
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([address, *map(str, first["loc"])])
-        raise RecipeError(f"{where}: {first['msg']} (found {first['input']!r})") from None
+        raise RecipeError(f"{where}: {first['msg']} (found {shown(first['input'])})") from None

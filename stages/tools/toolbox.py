@@ -118,6 +118,8 @@ def _tool(file: Path, name: str, table: Any) -> Tool:
         recipe = open_checkpoint(folder).recipe
     except UsageError as error:
         raise UsageError(f"{here}.model: {error.message}", hint=error.hint) from None
+    except OSError as error:  # a path that is too long, or not for this user
+        raise UsageError(f"{here}.model: {shown(said.model)}: {(error.strerror or str(error)).lower()}") from None
     if said.task not in recipe.tasks:
         raise UsageError(f"{here}.task: '{recipe.name}' has no task '{said.task}'", hint=nearest(said.task, recipe.tasks))
     task = recipe.tasks[said.task]

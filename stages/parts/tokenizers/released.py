@@ -46,8 +46,6 @@ class ReleasedTokenizerConfig(TokenizerConfig):
             raise UsageError(f"{source}: there is no tokenizer.json, the file of a released text tokenizer")
         tokenizer = read_table(file)
         with rust_faults(str(file)):
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
             names = {**special_names(file, tokenizer, self.special), **self.names}
             missing = [name for name in self.names.values() if tokenizer.token_to_id(name) is None]
             if missing:

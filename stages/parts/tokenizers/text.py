@@ -23,6 +23,7 @@ from stages.parts.backbones.gguf_file import tokenizer_of
 from stages.parts.config import PartConfig
 from stages.parts.tokenizers.picture_entries import without_codes
 
+MAX_ENTRIES = 2**22  # the largest vocabularies have 300,000
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # in every tokenizer; with ids 0, 1 and 2 in those trained here
 TEXT_FIELDS = ("caption", "captions", "qa", "instruction", "text", "request", "plan")
 RECORD_KEYS = ("question", "answer", "text", "caption", "instruction")  # what is language in a record such as one of `qa`
@@ -141,8 +142,11 @@ def read_table(file: Path) -> Tokenizer:
     parse_object(text, file)  # what is too deep would end the library, and with it the process
     with rust_faults(str(file)):
         table = Tokenizer.from_str(without_codes(text))
-        if not table.get_vocab():
-            raise DataError(f"{file}: a tokenizer without entries")
+        ids = table.get_vocab().values()
+        if not ids or max(ids) >= MAX_ENTRIES:  # the library's memory grows with the largest id, and so do embeddings
+            raise DataError(f"{file}: ids of entries up to {max(ids, default=0):,}, expected one at least and fewer than {MAX_ENTRIES:,}")
+        table.no_padding()
+        table.no_truncation()
         return table
 
 
