@@ -92,7 +92,7 @@ class _Paced(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: Any, *arguments: Any, **keywords: Any) -> None:
         super().__init__(sock, *arguments, **keywords)
-        self._paced = _Paced(self.fp.detach())  # type: ignore[attr-defined]
+        self._paced = _Paced(self.fp.detach())
         self.fp = io.BufferedReader(self._paced)
 
     def begin(self) -> None:
