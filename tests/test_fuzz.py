@@ -5,6 +5,8 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -363,3 +365,13 @@ def test_the_config_of_a_released_model(tmp_path_factory: pytest.TempPathFactory
     (folder / "config.json").write_bytes(as_json(damaged(section, choose), choose))
     only_our_errors(lambda: weight_files(folder))
     only_our_errors(lambda: read_released(folder / "model-1.safetensors", family=family).fingerprint())
+
+
+@pytest.mark.slow
+def test_many_more_of_each() -> None:
+    """In a process of its own, because a fault of a library may end it."""
+    variables = {**os.environ, "MMGEN_FUZZ": "1000"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "not slow", "-x", __file__], env=variables, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stdout[-3000:]

@@ -475,6 +475,7 @@ class Shards:
         self.bad: list[BadSample] = []
         self.unread: Counter[str] = Counter()
         self._bad_rows: set[int] = set()
+        self._stamps: dict[Path, tuple[int, int]] = {}  # size and time of the tars, when they were first looked at
         self._archives: OrderedDict[Path, mmap.mmap | bytes] = OrderedDict()
         self._positions: dict[str, int] | None = None
         self._parts = [(place.part, place.weight) for place in places]
@@ -679,6 +680,7 @@ class Shards:
         if archive is None:
             try:
                 with path.open("rb") as file:
+                    self._note_stamp(path, os.fstat(file.fileno()))
                     empty = os.fstat(file.fileno()).st_size == 0
                     archive = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except FileNotFoundError:
@@ -689,6 +691,12 @@ class Shards:
         elif len(self._archives) > 1:
             self._archives.move_to_end(path)
         return archive
+
+    def _note_stamp(self, path: Path, status: os.stat_result) -> None:
+        """Raises DataError where a tar is another than when it was first looked at: half a data set of each would be read."""
+        stamp = (status.st_size, status.st_mtime_ns)
+        if self._stamps.setdefault(path, stamp) != stamp:
+            raise DataError(f"{path}: overwritten since it was opened", hint="run the command again")
 
     def _table(self, tar: _Tar) -> _Table:
         if tar.table is None:
@@ -769,6 +777,7 @@ class Shards:
                 raise DataError(f"{path}: missing, though the folder's index lists it") from None
             if status.st_size != entry.bytes:
                 raise _changed(path, f"it has {status.st_size:,} bytes, the index says {entry.bytes:,}")
+            self._note_stamp(path, status)
             tars.append(_Tar(path, entry, declared=True, to_hash=status.st_mtime_ns > indexed_at))
         if len(tars) < len(by_name):
             index = index.model_copy(update={"shardlist": [tar.entry for tar in tars]})
