@@ -4,10 +4,10 @@ Errors are one screen on stderr and an exit code, never a traceback for a user's
 be streamed through it; a mistyped command or flag is answered with the nearest one there is.
 """
 
+import codecs
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -24,9 +24,19 @@ from typer.core import TyperCommand, TyperGroup
 from stages.errors import MmgenError, UsageError, nearest
 from stages.escape import json_text, visible
 from stages.options import RunOptions
-from stages.terminal import put, tell, write_anything
+from stages.terminal import put, tell
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LIMITS = {errno.EMFILE: "`ulimit -n` says how many, and raises it", errno.ENFILE: "", errno.ENOMEM: "", errno.EAGAIN: ""}  # of this machine
+NO_BYTES = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
+    errno.EUCLEAN,
+}  # of a disk, or a network's
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the reader of our stdout went away
 
@@ -97,8 +107,8 @@ class Door(PlainGroup):
         return ["import", *(name for name in super().list_commands(ctx) if name != "import")]  # a story starts with the data
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
-        write_anything()
-        invocation = Invocation(tuple(sys.argv[1:] if args is None else args))
+        mend_standard_streams()
+        invocation = Invocation(tuple(with_home(sys.argv[1:] if args is None else args)))
         self._main_shell_completion({}, "mmgen")
 
         def run() -> None:
@@ -120,6 +130,8 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
         return _tell(error, error.exit_code, invocation)
     except (KeyboardInterrupt, typer.Abort):
         return _tell(MmgenError("interrupted"), 130, invocation)
+    except MemoryError as error:
+        return _tell(_out_of_memory(error), 1, invocation)
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # so that Python, too, has nowhere left to complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,14 +141,18 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
             where = f": {error.filename}" if error.filename else ""
             hint = "make room, or name another --out; what is finished is whole, and the same command goes on from there"
             return _tell(MmgenError(f"{os.strerror(error.errno).lower()}{where}", hint=hint), 1, invocation)
-        if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
+        if isinstance(error, OSError) and isinstance(error.errno, int) and not hasattr(error, "format_message"):
             path = error.filename2 or error.filename  # of a rename, where to
-            told = MmgenError(f"{path}: {os.strerror(error.errno).lower()}", hint="name another path, or change its permissions")
-            return _tell(told, 2, invocation)
+            told = f"{path}: {os.strerror(error.errno).lower()}" if path else os.strerror(error.errno).lower()
+            if error.errno in LIMITS:
+                return _tell(MmgenError(told, hint=LIMITS[error.errno]), 1, invocation)
+            if error.errno in NO_BYTES:
+                return _tell(MmgenError(told, hint="the disk, or the network it is behind, gives no bytes"), 3, invocation)
+            if path:
+                hint = "name another path, or change its permissions" if error.errno in NOT_ALLOWED else ""
+                return _tell(MmgenError(told, hint=hint), 2, invocation)
         if is_out_of_memory(error):
-            hint = "a smaller --size, batch or picture takes less; --dry-run prints what a run takes"
-            what = str(error).splitlines()[0] if str(error) else "none is left"
-            return _tell(MmgenError(f"not enough memory: {what}", hint=hint), 1, invocation)
+            return _tell(_out_of_memory(error), 1, invocation)
         if hasattr(error, "format_message"):  # the parser's own: an unknown flag, a missing argument, a value of the wrong type
             return _tell(_usage_mistake(error), 2, invocation)
         return _tell(_our_fault(error), 1, invocation)
@@ -144,18 +160,26 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python or torch was refused memory. torch raises a bare RuntimeError for that of the CPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or bool(re.search("can't allocate memory|not enough memory", str(error)))
 
 
 def _tell(error: MmgenError, exit_code: int, invocation: Invocation) -> int:
     if invocation.wants_json:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it; the exit code still tells
             print_json({"status": "failed", "exit_code": exit_code, "error": error.message, "hint": error.hint})
             sys.stdout.flush()
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    label = typer.style("error:", fg="red", bold=True) if colour else "error:"
-    tell(error.message + (f"\nhint: {error.hint}" if error.hint else ""), label=f"{label} ")
+    with contextlib.suppress(OSError, ValueError):
+        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        label = typer.style("error:", fg="red", bold=True) if colour else "error:"
+        tell(error.message + (f"\nhint: {error.hint}" if error.hint else ""), label=f"{label} ")
     return exit_code
+
+
+def _out_of_memory(error: BaseException) -> MmgenError:
+    """What to say where memory ends, with what was asked for where that is known."""
+    told = " ".join(str(error).split())
+    hint = "a smaller --size, batch or image needs less; --dry-run prints what a run takes"
+    return MmgenError(f"not enough memory{f': {told:.300}' if told else ''}", hint=hint)
 
 
 def _usage_mistake(error: Any) -> MmgenError:
@@ -197,6 +221,59 @@ def _write_epilog(epilog: str | None, formatter: Any) -> None:
         formatter.write("\n" + epilog.strip("\n") + "\n")
 
 
+# the process
+
+
+CLOSED: set[int] = set()  # standard streams that were closed when the process began
+
+
+def mend_standard_streams() -> None:
+    """Where a standard stream is closed (`>&-`), nothing is read or written there, and no file that is opened later takes its number.
+
+    What a stream cannot write in its encoding is escaped; bytes of file names that are no text stay what they are.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            CLOSED.add(number)
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (as long as the process)
+    codecs.register_error("mmgen", _written)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mmgen")
+
+
+def _written(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler of text streams: bytes that stood for no text as they were, else an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    pieces = [bytes([ord(x) - 0xDC00]) if "\udc80" <= x <= "\udcff" else x.encode("ascii", "backslashreplace") for x in letters]
+    return b"".join(pieces), error.end
+
+
+def with_home(words: Sequence[str]) -> list[str]:
+    """`~` where no shell replaces it: after `=`, as in --out=~/x and --init lm=~/x, and quoted after --out."""
+    replaced = []
+    for before, word in zip(("", *words), words, strict=False):
+        found = re.fullmatch(r"(-{0,2}[\w.-]+=)?(~(?:/.*)?)", word, re.DOTALL)
+        if (
+            found
+            and (found[1] or before in ("--out", "-o"))
+            and not word.startswith(("--prompt=", "--set="))
+            and before not in ("--prompt", "--set")
+        ):
+            word = (found[1] or "") + os.path.expanduser(found[2])
+        replaced.append(word)
+    return replaced
+
+
 # running a stage
 
 
@@ -217,7 +294,10 @@ def read_status(out: Path) -> dict[str, Any]:
     """status.json of a run folder, whichever kind it is; {} where there is none."""
     for path in (out / ".mmgen" / "status.json", out / "status.json"):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            from stages.documents import read_object
+            from stages.records import Status
+
+            return read_object(path, Status)
     return {}
 
 
@@ -275,6 +355,8 @@ def stdout_for(out: str, *, as_json: bool) -> Iterator[None]:
         raise UsageError("--out - is a stream from one process, and there are several ranks", hint="name a folder with --out")
     if as_json:
         raise UsageError("--json and --out - both write to stdout", hint="name a folder with --out, or leave --json away")
+    if 1 in CLOSED:
+        raise UsageError("--out - writes a tar to stdout, and stdout is closed", hint="name a folder with --out")
     real = sys.stdout
     if real.isatty():
         raise UsageError(
@@ -307,6 +389,8 @@ def check_stdin(spec: str | None) -> None:
     """`-` reads a tar from stdin; at a terminal that would wait for ever, and several ranks would each get a piece."""
     if spec == "-" and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("- is a stream for one process, and there are several ranks", hint="name a folder")
+    if spec == "-" and 0 in CLOSED:
+        raise UsageError("- reads a tar from stdin, and stdin is closed", hint="pipe one in, or name a folder")
     if spec == "-" and sys.stdin.isatty():
         raise UsageError(
             "- reads a tar from stdin, and stdin is this terminal", hint="pipe one in, as in `mmgen import ... --out - | mmgen ...`"

@@ -101,7 +101,7 @@ def _folder(out: str) -> str:
     if not status:
         return "holds something that is not a run of mmgen: the command would refuse"
     where = f" at step {status['step']}" if status.get("step") else ""
-    return f"holds a run of {status['stage']}, {status['state']}{where}: the same run continues, another one is refused"
+    return f"holds a run of {status.get('stage')}, {status.get('state')}{where}: the same run continues, another one is refused"
 
 
 def _input(spec: str) -> Plan | str:

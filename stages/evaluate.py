@@ -13,7 +13,6 @@ the samples is used as their control; without it those results are null.
 """
 
 import hashlib
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +25,20 @@ from torch import Tensor
 from stages import ranks
 from stages.data.sample import Sample
 from stages.data.shards import Shards, ShardWriter, open_shards, split_folders
+from stages.documents import read_object_if_any
 from stages.errors import DataError, UsageError
 from stages.escape import json_text
-from stages.files import read_json_inside, write_atomic
+from stages.files import write_atomic
 from stages.hub import resolve
 from stages.metrics import METRICS
 from stages.metrics.features import feature_network
-from stages.metrics.score import Fields, Metric, Reference, Score, Setting, prompt_key
+from stages.metrics.score import Fields, Metric, Reference, Score, Setting, about, check_fields, prompt_key
 from stages.metrics.speed import per_second
 from stages.options import RunOptions
 from stages.parts.autoencoders import Autoencoder
 from stages.parts.views.square import to_pixels, to_tensor
 from stages.recipe import Recipe
+from stages.records import Record, recipe_tables
 from stages.run import Run
 from stages.sample import sample
 from stages.training.checkpoint import checkpoint_input, is_unfinished, load_autoencoder, open_checkpoint
@@ -141,7 +142,7 @@ def open_samples(target: str, truth: str | None) -> Iterator[Part]:
 def split_name(shards: Shards) -> str:
     """The split of samples, as their folder says or as the samples themselves do."""
     splits = shards.splits()
-    return splits[0] if len(splits) == 1 else str(shards[0].fields.get("meta", {}).get("split", ""))
+    return splits[0] if len(splits) == 1 else str(about(shards[0].fields).get("split", ""))
 
 
 def make_samples(folder: Path, shards: str, out: Path, options: RunOptions, run: Run) -> Iterator[Part]:
@@ -343,12 +344,16 @@ def look(
         if entry is None:
             continue
         fields = {**true_fields(entry, truth), **renamed(entry, field_map), "__key__": entry.key}
-        resized.add(str(fields.get("meta", {}).get("resize", "none")))
+        check_fields(fields, entry)
+        resized.add(str(about(fields).get("resize", "none")))
         for name, kind in METRICS.items():
             if kind.applies(fields, setting):
                 looked = found.get(name) or found.setdefault(name, Looked(kind(setting), [], [], [], []))
-                looked.seen.append(looked.metric.look(fields))
-                looked.expected.append(looked.metric.expect(fields))
+                try:
+                    looked.seen.append(looked.metric.look(fields))
+                    looked.expected.append(looked.metric.expect(fields))
+                except DataError as error:
+                    raise DataError(f"{entry.source}: {entry.key}: {error.message}", hint=error.hint) from None
                 looked.prompts.append(prompt_key(fields))
                 looked.said.append(str(fields.get("caption", "")))
         run.status(step=index + 1, of=count, message="scoring")
@@ -422,8 +427,8 @@ def prompts_hash(looked: Looked) -> str:
 def sampling_of(samples: Shards) -> dict[str, Any]:
     """How the samples were made, as their run.json says: the recipe's [sample] tables and the seed. Empty for foreign samples."""
     record = run_record(samples)
-    tables = tomllib.loads(record.get("recipe") or "").get("sample", {})
-    return {**tables, "seed": record["seed"]} if tables else {}
+    tables = recipe_tables(record).get("sample", {})
+    return {**tables, "seed": record.get("seed")} if tables else {}
 
 
 def describe_shards(role: str, shards: Shards) -> dict[str, Any]:
@@ -432,7 +437,8 @@ def describe_shards(role: str, shards: Shards) -> dict[str, Any]:
 
 
 def run_record(shards: Shards) -> dict[str, Any]:
-    return read_json_inside(shards.paths[0].parent, ".mmgen", "run.json")
+    file = shards.paths[0].parent / ".mmgen" / "run.json"
+    return read_object_if_any(file, Record)
 
 
 def nothing_to_score(samples: Shards) -> UsageError:

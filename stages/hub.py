@@ -4,6 +4,7 @@ A checkpoint folder is a model repository as it stands. What travels is weights,
 the record of the run; training state stays at home, in both directions (nothing but training needs it, and its metadata is a pickle).
 """
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def resolve(spec: str | Path, *, only: str = "*", api: "HfApi | None" = None) ->
 
     only: a pattern, where of a folder not everything is wanted.
 
-    Raises UsageError when the address is malformed or there is no such repository, folder or file, MmgenError when the Hub is out of reach.
+    Raises UsageError when the address is malformed, there is no such repository, folder or file, or the Hub is out of reach.
     """
     if not str(spec).startswith(SCHEME):
         return Path(spec)
@@ -70,7 +71,7 @@ def resolve(spec: str | Path, *, only: str = "*", api: "HfApi | None" = None) ->
     patterns = [f"{address.folder}/{only}"] if address.folder else [only] if only != "*" else None
     if is_file:  # with the config.json beside it
         patterns = [address.folder, (PurePosixPath(address.folder).parent / "config.json").as_posix()]
-    with _hub_errors(str(spec)):
+    with hub_errors(str(spec)):
         local = (api or _api()).snapshot_download(
             address.repository, revision=address.revision, allow_patterns=patterns, ignore_patterns=[] if is_file else NEVER
         )
@@ -90,7 +91,7 @@ def push(folder: Path, spec: str, *, api: "HfApi | None" = None) -> str:
         if not any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in NEVER):
             raise DataError(f"{path}: {reason}; nothing was uploaded", hint="put the file itself there, or remove it")
     api = api or _api()
-    with _hub_errors(spec):
+    with hub_errors(spec):
         api.create_repo(address.repository, exist_ok=True)
         api.upload_folder(
             repo_id=address.repository,
@@ -110,17 +111,21 @@ def _api() -> "HfApi":
 
 
 @contextmanager
-def _hub_errors(spec: str) -> Iterator[None]:
-    """Explains what the Hub's client raises, in a sentence."""
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+def hub_errors(spec: str) -> Iterator[None]:
+    """Explains what the Hub's client raises, in a sentence: always a UsageError, but for a disk that is full here."""
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         yield
+    except MmgenError:
+        raise
     except (RepositoryNotFoundError, RevisionNotFoundError):
         hint = "check the spelling; a private repository needs `hf auth login`"
         raise UsageError(f"{spec}: the Hub has no such repository or revision, or you may not see it", hint=hint) from None
     except HFValidationError as error:
         raise UsageError(f"{spec}: {error}") from None
-    except (HTTPError, LocalEntryNotFoundError, OSError) as error:  # HTTPError: the base class of what the client's own HTTP library raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MmgenError(f"{spec}: the Hub did not answer as expected: {reason}", hint="try again, or give a local folder") from None
+    except Exception as error:  # whatever its answer makes of the client: HTTP errors of several libraries, missing keys, broken JSON
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        raise UsageError(f"{spec}: the Hub did not answer as expected: {lines[0]:.400}", hint="try again, or give a local folder") from None

@@ -1,6 +1,7 @@
 """What is in these shards, or in this checkpoint, in one screen. (Not `inspect.py`: that name belongs to the standard library.)"""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ def describe(path: str, key: str | None = None) -> Description:
 
     Raises UsageError for a path that does not exist or a key that is not there, DataError for damaged shards.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if (folder / "config.json").is_file() and (folder / "recipe.toml").is_file():
         if key is not None:
             raise UsageError(f"{path}: a checkpoint has no samples, so no key '{key}'")

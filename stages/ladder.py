@@ -29,6 +29,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stages.anatomy import count_words, model_size
+from stages.documents import read_object_if_any
 from stages.errors import MmgenError, UsageError, nearest
 from stages.files import write_atomic
 from stages.recipe import RECIPES, SIZES, Recipe, Stage, load_recipe, recipe_names
@@ -92,7 +93,7 @@ def count_parameters_of(path: Path) -> dict[str, Any]:
 def read_ladder(path: Path | None = None) -> dict[str, Any]:
     """The records, recipe → parameters and rungs; none where there is no file yet."""
     path = path or LADDER
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object_if_any(path)
 
 
 # --- what a result rests on -------------------------------------------------------------------------------------------------------

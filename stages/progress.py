@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, stage: str, *, quiet: bool = False) -> None:
         self.stage = stage
         self.quiet = quiet
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar: rich.progress.Progress | None = None
         self._last_line = time.monotonic()
 

@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from torch import nn
 
-from stages.errors import DataError, RecipeError, nearest
-from stages.files import CAPS, inside, open_regular
+from stages.documents import MAX_TOML_BYTES, check_value, parse_toml, read_bytes
+from stages.errors import RecipeError, nearest
+from stages.files import inside
 from stages.parts.autoencoders import AUTOENCODERS, AutoencoderConfig
 from stages.parts.backbones import BACKBONES, BackboneConfig
 from stages.parts.config import (
@@ -52,6 +54,7 @@ FROM_NO_FIELD = (Content.QUERIES, Content.HIDDEN)  # segments that are not fille
 HERE = "<here>"  # stands for the address until pydantic has said it
 SIZES = ("tiny", "small", "paper")
 MAX_VOCABULARY = 2**24  # entries that one embedding can have
+MAX_ADDRESS = 20  # steps of a key that --set reaches
 Stage = Literal["pretrain-tokenizer", "align", "train-unified"]
 LearningRate = Annotated[float, Field(ge=0, le=1e3)]  # 1e3 and more is no number anybody trains with
 FIELD = r"\{[a-z_]+(?:\.[a-z_]+)*\}"  # of a text: the name of a field in braces, and nothing else that braces may mean elsewhere
@@ -299,16 +302,13 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
     sets: `address=value` strings, values in TOML. Raises RecipeError with the key, its line, and the nearest valid name.
     """
     path = _find(name_or_path)
-    try:
-        with open_regular(path, CAPS["recipe.toml"]) as file:
-            text = file.read().decode("utf-8")
-        tables = tomllib.loads(text)
-    except (DataError, OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
-    except ValueError as error:  # TOMLDecodeError, and what Python says of an integer of thousands of digits
-        raise RecipeError(f"{path}: this is not TOML: {error}") from None
+    data = read_bytes(path, most=MAX_TOML_BYTES, error=RecipeError)
+    tables, text = parse_toml(data, path, error=RecipeError), data.decode("utf-8-sig")
     name, family = tables.pop("name", path.stem), tables.pop("family", path.parent.name)
     resolved_size = tables.pop("size", None)
+    for key, value in (("name", name), ("family", family), ("size", resolved_size)):
+        if not isinstance(value, str | None):
+            raise RecipeError(f"{path}{_line_of(key, text)}: {key}: expected a text, found {shown(value)}")
     if size is not None and size not in SIZES:
         raise RecipeError(f"there is no size '{size}'", hint=nearest(size, SIZES))
     sizes = tables.pop("sizes", None)
@@ -321,6 +321,8 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
             )
         chosen = resolved_size
     else:
+        if not isinstance(sizes, dict) or not all(isinstance(change, dict) for change in sizes.values()):
+            raise RecipeError(f"{path}{_line_of('sizes', text)}: sizes: expected tables [sizes.tiny], [sizes.small] and [sizes.paper]")
         missing = [s for s in SIZES if s not in sizes]
         unknown = [s for s in sizes if s not in SIZES]
         if missing or unknown:
@@ -363,11 +365,17 @@ def _merge(base: dict[str, Any], change: Mapping[str, Any], where: str) -> dict[
     for key, value in change.items():
         here = f"{where}.{key}"
         old = base.get(key)
-        if isinstance(old, list) and isinstance(value, Mapping) and all(isinstance(item, dict) and "name" in item for item in old):
+        if (
+            isinstance(old, list)
+            and isinstance(value, Mapping)
+            and all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in old)
+        ):
             by_name = {item["name"]: item for item in old}
             for name, part in value.items():
                 if name not in by_name:
                     raise RecipeError(f"{here}.{name}: there is no phase '{name}'", hint=nearest(name, by_name))
+                if not isinstance(part, Mapping):
+                    raise RecipeError(f"{here}.{name}: expected a table, found {shown(part)}")
                 _merge(by_name[name], part, f"{here}.{name}")
         elif (
             isinstance(old, dict)
@@ -386,9 +394,16 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
     if not equals or not address:
         raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as phases.joint.steps=200")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+        tables_of_value = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string
+    else:
+        if tables_of_value.keys() != {"value"}:  # a line break, and then further keys
+            raise RecipeError(f"--set {assignment}: expected one value")
+        value = tables_of_value["value"]
+        check_value(tables_of_value, f"--set {address}", error=RecipeError, whole_numbers=True)
+    if address.count(".") > MAX_ADDRESS:
+        raise RecipeError(f"--set {address:.60}…: no key of a recipe lies so deep")
     change: Any = value
     for key in reversed(address.strip().split(".")):
         change = {key: change}
@@ -400,6 +415,9 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
 
 def _validate(tables: dict[str, Any], name: str, family: str, size: str, *, where: str, text: str = "") -> Recipe:
     source = _copy(tables)
+    for table in ("init_from", "encoders", "backbones", "autoencoders"):
+        if not isinstance(tables.get(table, {}), dict):
+            raise RecipeError(f"{where}{_line_of(table, text)}: {table}: expected a table, found {shown(tables[table])}")
     init_from: dict[str, str] = dict(tables.get("init_from", {}))
     tables = _copy(tables)
     for table in ("encoders", "backbones", "autoencoders"):
@@ -470,12 +488,18 @@ def _line_of(key: str, text: str) -> str:
 
 def _check(recipe: Recipe) -> None:
     """What the tables must agree on before anything is built (recipe pages call these the load-time checks)."""
+    for family in ("tokenizers", "encoders", "autoencoders", "backbones", "ports", "objectives"):
+        for name in getattr(recipe, family):
+            _check_name(name, f"{family}.{name}")
+    for name, network in recipe.backbones.items():
+        for expert in network.experts:
+            _check_name(expert, f"backbones.{name}.experts")
     for name, port in recipe.ports.items():
         here = f"ports.{name}"
-        _known(port.tokenizer, recipe.tokenizers, f"{here}.tokenizer")
-        _known(port.encoder, recipe.encoders, f"{here}.encoder")
-        _known(port.autoencoder, recipe.autoencoders, f"{here}.autoencoder")
-        _known(port.backbone, recipe.backbones, f"{here}.backbone")
+        _known(port.tokenizer, ("", *recipe.tokenizers), f"{here}.tokenizer")
+        _known(port.encoder, ("", *recipe.encoders), f"{here}.encoder")
+        _known(port.autoencoder, ("", *recipe.autoencoders), f"{here}.autoencoder")
+        _known(port.backbone, ("", *recipe.backbones), f"{here}.backbone")
         if port.enters == "sequence":
             if not recipe.backbones:
                 raise RecipeError(
@@ -486,7 +510,7 @@ def _check(recipe: Recipe) -> None:
             experts = recipe.backbones[backbone_of(recipe, port)].experts
             if len(experts) > 1 and not port.expert:
                 raise RecipeError(f"{here}.expert: write which one, there are several", hint=nearest("", experts))
-            _known(port.expert, experts, f"{here}.expert")
+            _known(port.expert, ("", *experts), f"{here}.expert")
         if port.grid_embedding != "none" and (port.content not in (Content.CODES, Content.LATENTS) or port.enters != "sequence"):
             raise RecipeError(f"{here}.grid_embedding: only codes and latents of a sequence have rows and columns", hint='"none"')
         if port.markers.row:
@@ -529,6 +553,9 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{here}.head: an objective needs a head" + (f", on ports.{owner}, which owns the vocabulary" if owner != name else "")
             )
+    for name, task in recipe.tasks.items():
+        for segment in task.flat():
+            _known(segment.port, recipe.ports, f"tasks.{name}.segments.port")
     for name, task in recipe.tasks.items():
         _check_task(recipe, name, task)
     names = [phase.name for phase in recipe.phases]
@@ -657,7 +684,6 @@ def _check_task(recipe: Recipe, name: str, task: Task) -> None:
     seen: set[str] = set()
     for segment in task.flat():
         here = f"tasks.{name}.segments"
-        _known(segment.port, recipe.ports, f"{here}.port")
         port = recipe.ports[segment.port]
         if port.content in FROM_NO_FIELD:
             if segment.field or segment.text:
@@ -725,9 +751,17 @@ def _check_guidance(recipe: Recipe) -> None:
             )
 
 
+def _check_name(name: str, where: str) -> None:
+    """Names are steps of addresses, and names of modules."""
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise RecipeError(
+            f"{where}: {shown(name)} cannot be a name", hint="letters, digits, - and _, and no word of torch's such as 'keys'"
+        )
+
+
 def _known(name: str, choices: Mapping[str, Any] | tuple[str, ...], where: str) -> None:
-    if name and name not in choices:
-        raise RecipeError(f"{where}: there is no '{name}'", hint=nearest(name, choices))
+    if name not in choices:
+        raise RecipeError(f"{where}: there is no '{name}'", hint=nearest(name, [choice for choice in choices if choice]))
 
 
 def backbone_of(recipe: Recipe, port: Port) -> str:

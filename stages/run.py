@@ -28,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,10 +35,12 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 from stages.data.stream import SPOOL
-from stages.errors import MmgenError, Preempted, UsageError
+from stages.documents import Document, parse_object, parse_toml, read_object
+from stages.errors import DataError, MmgenError, Preempted, UsageError
 from stages.files import write_atomic
 from stages.options import RunOptions
 from stages.progress import Progress
+from stages.records import Record, ShardList, Status
 
 State = Literal["running", "done", "stopped", "preempted", "failed"]
 
@@ -104,7 +105,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if self.rank == 0:
             try:
                 self._claim()
-            except UsageError as error:
+            except MmgenError as error:
                 verdict["error"] = error
             except OSError as error:
                 verdict["error"] = UsageError(
@@ -181,10 +182,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the line a kill cut short
+                reached = parse_object(line, path).get("step", 0)
+            except DataError:  # the line a kill cut short
                 continue
+            if isinstance(reached, int | float) and reached <= step:
+                kept.append(line + "\n")
         write_atomic(path, "".join(kept))
 
     def finish(self, state: Literal["done", "stopped"] = "done", message: str = "") -> None:
@@ -202,7 +204,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(self.out)
         self._forget_failed()
-        before = _read_json(self.meta / "run.json")
+        before = _read_own(self.meta / "run.json", Record)
         if before is None:
             ours = re.compile(rf"\.mmgen|{UNFINISHED_FILES}")
             there = sorted(path.name for path in self.out.iterdir() if not ours.fullmatch(path.name))
@@ -213,7 +215,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             remove_run(self.out, keep_spool=any(entry.get("path") == "-" for entry in self.inputs))
             before = None
         else:
-            ended = _read_json(self.meta / "status.json") or {}
+            ended = _read_own(self.meta / "status.json", Status) or {}
             differing = _differences(before.get("identity", {}), self.identity)
             if differing:
                 raise UsageError(
@@ -238,9 +240,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
         there = {path for path in self.out.rglob("*") if not path.is_dir()}
         for meta in (self.out, self.out / ".mmgen"):
             run, status = meta / "run.json", meta / "status.json"
-            if there != {run, status} or (_read_json(status) or {}).get("state") != "failed":
+            if there != {run, status} or (_read_own(status, Status) or {}).get("state") != "failed":
                 continue
-            if _differences((_read_json(run) or {}).get("identity", {}), self.identity):
+            if _differences((_read_own(run, Record) or {}).get("identity", {}), self.identity):
                 run.unlink()
                 status.unlink()
 
@@ -257,7 +259,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             "versions": _versions(),
             "git_commit": _git_commit(),
             "machine": _machine(),
-            "started": before["started"] if before else now,
+            "started": (before or {}).get("started") or now,
             "finished": None,
             "launches": [*launches, {"command": list(self.options.command), "started": now, "finished": None, "state": "running"}],
         }
@@ -294,7 +296,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.stop_signal = number
         if not self.options.quiet and self.rank == 0:
             again = "; Ctrl-C again aborts at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{self.stage}: stopping as soon as the state is saved{again}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{self.stage}: stopping as soon as the state is saved{again}\n".encode())
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -310,7 +313,7 @@ def run_identity(
 ) -> dict[str, str]:
     """What determines a run's result, flat: address → printed value. Two runs of equal identity write equal bytes."""
     identity = {"stage": stage, "seed": str(options.seed), "limit": str(options.limit)}
-    identity |= {f"recipe.{address}": value for address, value in _flat(tomllib.loads(resolved_recipe))}
+    identity |= {f"recipe.{address}": value for address, value in _flat(parse_toml(resolved_recipe, "the resolved recipe"))}
     for number, entry in enumerate(inputs):
         identity[f"input {number + 1} ({entry.get('role', 'data')})"] = str(entry.get("fingerprint"))
     return identity | {name: str(value) for name, value in more.items()}
@@ -335,7 +338,7 @@ def remove_run(out: Path, *, keep_spool: bool = False) -> None:
 
 
 def _written_files(out: Path) -> Iterator[Path]:
-    record = _read_json(out / "run.json") or _read_json(out / ".mmgen" / "run.json") or {}
+    record = _read_own(out / "run.json", Record) or _read_own(out / ".mmgen" / "run.json", Record) or {}
     readme = out / "README.md"
     if readme.is_file() and record.get("readme") == _sha256(readme):
         yield readme
@@ -343,7 +346,7 @@ def _written_files(out: Path) -> Iterator[Path]:
     named = re.compile("|".join([*patterns, RESULTS.get(record.get("stage", ""), r"(?!)")]))
     yield from (path for path in out.iterdir() if named.fullmatch(path.name))
     for folder in [out, *(path for path in out.iterdir() if _is_split(path))]:
-        index = _read_json(folder / ".mmgen" / "shardindex.json")
+        index = _read_own(folder / ".mmgen" / "shardindex.json", ShardList)
         listed = {Path(shard["url"]).name for shard in index["shardlist"]} if index else None
         for path in folder.glob("*.tar"):
             if path.name in listed if listed is not None else re.fullmatch(SHARD_FILES, path.name):
@@ -481,10 +484,6 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: expected a JSON object written by mmgen, found {error}", hint="name a new folder with --out") from None
+def _read_own(path: Path, kind: type[Document]) -> dict[str, Any] | None:
+    """What an earlier launch wrote, None where there is none. UsageError where that is not what it is."""
+    return read_object(path, kind, error=UsageError, hint="name a new folder with --out") if path.exists() else None

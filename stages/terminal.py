@@ -5,16 +5,9 @@ breaks and tabs pass: a text of several lines is put together by `escape.lines_o
 """
 
 import sys
-from io import TextIOWrapper
+from contextlib import suppress
 
 from stages.escape import visible
-
-
-def write_anything() -> None:
-    """A terminal that has no letter for a character gets its number, instead of an error. For the start of a program."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def put(text: str, end: str = "\n") -> None:
@@ -23,5 +16,6 @@ def put(text: str, end: str = "\n") -> None:
 
 
 def tell(text: str, label: str = "") -> None:
-    """A message, on stderr. label: what stands before it, written as it is (it may be coloured)."""
-    print(label + visible(text, keep="\n\t"), file=sys.stderr, flush=True)
+    """A message, on stderr; lost where that cannot be written. label: what stands before it, written as it is (it may be coloured)."""
+    with suppress(OSError, ValueError):  # whoever watched is gone, or the disk of the log is full: the work goes on
+        print(label + visible(text, keep="\n\t"), file=sys.stderr, flush=True)

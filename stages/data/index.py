@@ -17,6 +17,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stages.data.sample import IMAGE_FORMATS, image_shape, npy_header
+from stages.data.tar_format import BLOCK
+from stages.documents import MAX_DEPTH, check_value, shown
 from stages.errors import DataError
 from stages.files import read_text_inside, write_atomic
 
@@ -109,7 +111,11 @@ def parse_index(text: str, where: str) -> ShardIndex:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    check_value(index.provenance, f"{where}: provenance", most=MAX_DEPTH // 2)  # it will be nested in that of others
     names = [entry.name for entry in index.shardlist]
+    for entry in index.shardlist:
+        if entry.nsamples * BLOCK > entry.bytes:  # the header of a member is a block, and a sample has at least one
+            raise DataError(f"{where}: {entry.name:.100}: {shown(entry.nsamples)} samples in {shown(entry.bytes)} bytes")
     for entry in index.shardlist:
         if not entry.url.startswith("../") or not TAR_NAME.fullmatch(entry.name):
             raise DataError(f"{where}: shard url '{entry.url}', expected '../' and the name of a tar beside .mmgen")

@@ -6,27 +6,25 @@ of splits. Commands (`pipe:`), which webdataset would run, are refused.
 """
 
 import hashlib
-import http
 import os
 import re
-import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from braceexpand import braceexpand
 
+from stages.data.download import cache_folder, fetch
 from stages.data.index import INDEX, META
 from stages.data.stream import receive_stream
 from stages.data.tar_format import BLOCK, Archive, no_tar, walk
 from stages.errors import DataError, UsageError, nearest
-from stages.files import open_atomic
+from stages.hub import hub_errors
 
 SPLITS = ("train", "val", "heldout", "test")
-_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?)\*(.+)")
+MAX_PATTERN, MAX_EXPANDED = 4096, 100_000  # characters of a brace pattern, names that it may stand for
+_WEIGHTED = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\*(.+)")
 _HUB_ADDRESS = re.compile(r"hf://(?:(datasets|models|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
 
 
@@ -111,18 +109,28 @@ def _locate_part(part: str, spool: Path | None) -> list[Place]:
         return _hub(part)
     if part.startswith(("http://", "https://")):
         return _group([download(address) for address in _expand(part)])
-    path = Path(part).expanduser()
+    path = _path(part)
     if path.is_dir():
         return [Place(path)]
     if path.is_file():
         return _group([path])
     if "{" not in part:
         raise UsageError(f"SHARDS: {path} does not exist", hint=_nearest_path(path))
-    paths = [Path(name).expanduser() for name in _expand(part)]
+    paths = [_path(name) for name in _expand(part)]
     for path in paths:
         if not path.is_file():
             raise UsageError(f"SHARDS: {path}, one of {len(paths)} that '{part}' stands for, is not a file", hint=_nearest_path(path))
     return _group(paths)
+
+
+def _path(name: str) -> Path:
+    """The path a person means, which need not be there. UsageError for what can be no path."""
+    try:
+        path = Path(os.path.expanduser(name))
+        path.exists()
+    except OSError as error:  # too long a name, say
+        raise UsageError(f"SHARDS: {name:.200}: {(error.strerror or str(error)).lower()}") from None
+    return path
 
 
 def _group(tars: Sequence[Path]) -> list[Place]:
@@ -136,10 +144,29 @@ def _group(tars: Sequence[Path]) -> list[Place]:
     return places
 
 
+def _alternatives(pattern: str) -> int:
+    """How many names a brace pattern stands for, or more: the library makes all of them before the first is seen."""
+    count, open_groups = 1, list[int]()
+    for found in re.finditer(r"\{(-?\d+)\.\.(-?\d+)[^{}]*\}|\{\w\.\.\w[^{}]*\}|[{},]", pattern):
+        if found[1]:
+            count *= abs(int(found[1]) - int(found[2])) + 1
+        elif len(found[0]) > 1:
+            count *= 52
+        elif found[0] == "{":
+            open_groups.append(1)
+        elif found[0] == "," and open_groups:
+            open_groups[-1] += 1
+        elif found[0] == "}" and open_groups:
+            count *= open_groups.pop()
+    return count
+
+
 def _expand(pattern: str) -> list[str]:
     try:
+        if len(pattern) > MAX_PATTERN or _alternatives(pattern) > MAX_EXPANDED:
+            raise ValueError(f"it is longer than {MAX_PATTERN:,} characters, or stands for more than {MAX_EXPANDED:,} names")
         return list(braceexpand(pattern))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"SHARDS: '{pattern}' is no brace pattern: {error}", hint="for example 'data-{000000..000003}.tar'") from None
 
 
@@ -161,16 +188,13 @@ def _hub(address: str) -> list[Place]:
         )
     kind, repo, revision, inside = matched.group(1) or "models", matched.group(2), matched.group(3), (matched.group(4) or "").strip("/")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     names = _expand(inside) if inside.endswith(".tar") else []
     prefix = f"{inside}/" if inside and not names else ""
     folder = inside.rpartition("/")[0]
     patterns = [*names, f"{folder}/{META}/{INDEX}".lstrip("/")] if names else [f"{prefix}*.tar", f"{prefix}*{META}/*"]
-    try:
+    with hub_errors(f"SHARDS: {address}"):
         root = snapshot_download(repo, repo_type=kind.removesuffix("s"), revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(f"SHARDS: {address} cannot be fetched: {error}") from None
     if names:
         missing = [name for name in names if not Path(root, name).is_file()]
         if missing:
@@ -183,26 +207,12 @@ def _hub(address: str) -> list[Place]:
 
 def download(address: str) -> Path:
     """The file behind an http(s) address, kept in $MMGEN_CACHE (default ~/.cache/mmgen) and fetched once; remove it there to fetch anew."""
-    cache = Path(os.environ.get("MMGEN_CACHE", "~/.cache/mmgen")).expanduser() / "downloads"
+    cache = cache_folder() / "downloads"
     name = re.sub(r"[^A-Za-z0-9._-]", "_", address.partition("?")[0].rpartition("/")[2]) or "download"
-    path = cache / hashlib.sha256(address.encode()).hexdigest()[:16] / name
+    path = cache / hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()[:16] / name[-100:]
     if path.exists() and not _no_tar(path):
         return path
-    try:
-        with urllib.request.urlopen(address, timeout=60) as response, open_atomic(path) as file:
-            if response.status != http.HTTPStatus.OK:  # such as 204, no content, and 206, a part of the file
-                raise DataError(f"{address}: the server answered {response.status} {response.reason}, expected 200 and a tar")
-            shutil.copyfileobj(response, file, 1024 * 1024)
-            promised = response.headers.get("Content-Length")
-            if promised is not None and file.tell() != int(promised):
-                raise DataError(f"{address}: the download ended at {file.tell():,} of {int(promised):,} bytes")
-            file.flush()
-            if reason := _no_tar(Path(file.name), maybe_cut=promised is None):
-                kind = response.headers.get("Content-Type", "no type")
-                raise DataError(f"{address}: what came is no whole tar: {reason} ({file.tell():,} bytes, {kind}); it was not kept")
-    except (urllib.error.URLError, OSError) as error:
-        raise UsageError(f"{address}: cannot be fetched: {error}") from None
-    return path
+    return fetch(address, path, problem=_no_tar)
 
 
 def _no_tar(path: Path, *, maybe_cut: bool = False) -> str:

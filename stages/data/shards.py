@@ -10,6 +10,7 @@ Nothing is read before it is needed: the headers of each tar are walked once, on
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -492,6 +493,7 @@ class Shards:
         self.bad: list[BadSample] = []
         self.unread: Counter[str] = Counter()
         self._bad_rows: set[int] = set()
+        self._stamps: dict[Path, tuple[int, int]] = {}  # size and time of the tars, when they were first looked at
         self._archives: OrderedDict[Path, Archive] = OrderedDict()
         self._positions: dict[str, int] | None = None
         self._parts = [(place.part, place.weight) for place in places]
@@ -699,12 +701,20 @@ class Shards:
         """The tar, open; the least recently used are closed."""
         archive = self._archives.get(path)
         if archive is None:
-            archive = self._archives[path] = Archive(path)
+            archive = Archive(path)
+            self._note_stamp(path, archive.status)
+            self._archives[path] = archive
             if len(self._archives) > _OPEN_ARCHIVES:
                 self._archives.popitem(last=False)
         elif len(self._archives) > 1:
             self._archives.move_to_end(path)
         return archive
+
+    def _note_stamp(self, path: Path, status: os.stat_result) -> None:
+        """Raises DataError where a tar is another than when it was first looked at: half a data set of each would be read."""
+        stamp = (status.st_size, status.st_mtime_ns)
+        if self._stamps.setdefault(path, stamp) != stamp:
+            raise DataError(f"{path}: overwritten since it was opened", hint="run the command again")
 
     def _table(self, tar: _Tar) -> _Table:
         if tar.table is None:
@@ -784,6 +794,7 @@ class Shards:
                 raise DataError(f"{path}: missing, though the folder's index lists it") from None
             if status.st_size != entry.bytes:
                 raise _changed(path, f"it has {status.st_size:,} bytes, the index says {entry.bytes:,}")
+            self._note_stamp(path, status)
             tars.append(_Tar(path, entry, True, expected, to_hash=status.st_mtime_ns > indexed_at))
         if len(tars) < len(by_name):
             index = index.model_copy(update={"shardlist": [tar.entry for tar in tars]})

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from stages.data.index import INDEX, META, parse_index, read_index
 from stages.data.tar_format import BLOCK, END_OF_ARCHIVE, Archive, member_bytes, member_header, walk
+from stages.documents import parse_object
 from stages.errors import DataError
 from stages.files import CAPS, files_inside, inside, open_atomic, open_regular, replace_folder
 
@@ -112,7 +113,7 @@ def _receive_indexed(file: BinaryIO, size: int, folder: Path) -> None:
         raise DataError(f"standard input: an index of {size:,} bytes, the cap is {CAPS[INDEX]:,}")
     text = _read(file, size, padded=True)
     index = parse_index(text.decode("utf-8", "replace"), "standard input: index")
-    bodies, files = _check_description(json.loads(text), len(index.shardlist))
+    bodies, files = _check_description(parse_object(text, "standard input: index"), len(index.shardlist))
 
     header = _parse_header(_read(file, BLOCK))
     if header.name != FILES_MEMBER or header.size != sum(size for _, size in files):

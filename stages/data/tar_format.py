@@ -110,7 +110,8 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = open_descriptor(path)
-        self._length = os.fstat(self._descriptor).st_size
+        self.status = os.fstat(self._descriptor)
+        self._length = self.status.st_size
         self._window, self._at, self._next = b"", 0, 0
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from stages.errors import DataError
 from stages.metrics.intervals import bootstrap_mean
-from stages.metrics.score import Fields, Score, Setting
+from stages.metrics.score import Fields, Score, Setting, about
 
 IDENTICAL = 100.0  # dB given to a picture without any error, whose ratio is infinite
 
@@ -44,4 +44,4 @@ class PSNR:
 
 def is_reconstruction(sample: Fields) -> bool:
     """Whether the picture was made *from* the true one, so that pixels may be compared."""
-    return {"sample.image", "image"} <= sample.keys() and "reconstruct" in sample.get("meta", {}).get("tasks", [])
+    return {"sample.image", "image"} <= sample.keys() and "reconstruct" in about(sample).get("tasks", [])

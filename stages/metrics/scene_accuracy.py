@@ -16,7 +16,7 @@ from stages.metrics.score import Fields, Score, Setting
 
 def drawn_scene(sample: Fields, field: str = "sample.image") -> tuple[Scene, bool]:
     """What the reader finds in a drawn picture, empty where it does not believe what it sees; and whether it does."""
-    level = sample["scene"]["level"]
+    level = Scene.from_json(sample["scene"]).level
     try:
         reading = read_scene(sample[field], level)
     except ValueError as error:

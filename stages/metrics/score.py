@@ -8,9 +8,15 @@ things it counts, an interval, and the protocol: everything that must be equal b
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+import numpy as np
+from pydantic import Field
 from torch import Tensor
+
+from stages.data.sample import Sample
+from stages.documents import Document, check, shown, sound
+from stages.errors import DataError
 
 Fields = Mapping[str, Any]  # the fields of one sample; "__key__" is its key
 
@@ -75,6 +81,76 @@ class Metric(Protocol):
         ...
 
 
+class Meta(Document):
+    """What is read of the field `meta`."""
+
+    prompt_key: str = ""
+    tasks: list[str] = Field(default=[])
+
+
+class Question(Document):
+    """An entry of `sample.qa`."""
+
+    question: str
+    answer: str
+    truth: str
+    type: str
+
+
+class Likelihood(Document):
+    """An entry of `sample.likelihood`: how well a true text was predicted."""
+
+    task: str
+    nats: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    bytes: Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class Called(Document):
+    """An entry of `sample.tools`: a call, and what came of it."""
+
+    ok: bool
+    kind: str
+    result: str
+
+
+class Turn(Document):
+    """An entry of `sample.steps`: what was called, and what should have been."""
+
+    call: str
+    truth: str
+
+
+class Judged(Document):
+    """The fields that metrics and reports look into, where a sample has them. Scenes check themselves (`Scene.from_json`)."""
+
+    plan: str = ""
+    sample_caption: str = Field(default="", alias="sample.caption")
+    sample_plan: str = Field(default="", alias="sample.plan")
+    sample_qa: list[Question] = Field(default=[], alias="sample.qa")
+    sample_likelihood: list[Likelihood] = Field(default=[], alias="sample.likelihood")
+    sample_tools: list[Called] = Field(default=[], alias="sample.tools")
+    sample_steps: list[Turn] = Field(default=[], alias="sample.steps")
+
+
+PICTURES = ("image", "sample.image", "sample.picture", "sample.result")
+
+
+def check_fields(fields: Fields, entry: Sample) -> None:
+    """Raises DataError where a field that metrics or reports look into is not what its name says. entry: the sample, for the message."""
+    where = f"{entry.source}: {entry.key}"
+    check(fields, where, Judged)
+    for name in PICTURES:
+        value = fields.get(name)
+        if value is not None and not (isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3):
+            found = f"an array {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else shown(value)
+            raise DataError(f"{where}: field '{name}': expected a picture, found {found}")
+
+
+def about(sample: Fields) -> dict[str, Any]:
+    """What `meta` says of a sample; nothing where it is no object, or what it says has another type, as in sets that others made."""
+    return sound(sample.get("meta"), Meta)
+
+
 def prompt_key(sample: Fields) -> str:
     """The key of the prompt a sample answers: its own, unless it is one of several samples for one prompt."""
-    return sample.get("meta", {}).get("prompt_key") or sample["__key__"]
+    return about(sample).get("prompt_key") or sample["__key__"]

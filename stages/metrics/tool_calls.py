@@ -130,7 +130,7 @@ def agreeing(calls: Sequence[Call], truth: Sequence[Call]) -> int:
 
 def result_of(sample: Fields) -> Result:
     """What the last call of the record gave; a picture as the scene the reader finds in it."""
-    last = sample["sample.tools"][-1]
+    last = (sample["sample.tools"] or [{"ok": False}])[-1]
     if not last["ok"]:
         return "", None
     if last["kind"] == "text":
@@ -138,7 +138,7 @@ def result_of(sample: Fields) -> Result:
     if "scene" not in sample:
         return "picture", None
     try:
-        reading = read_scene(sample["sample.picture"], sample["scene"]["level"])
+        reading = read_scene(sample["sample.picture"], Scene.from_json(sample["scene"]).level)
     except ValueError as error:
         raise DataError(f"{sample['__key__']}: sample.picture: {error}") from None
     return "picture", reading.scene if reading.valid else None

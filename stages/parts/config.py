@@ -13,9 +13,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stages.documents import shown
 from stages.errors import RecipeError, nearest
 
-MAX_ENTRIES = 2**22  # of a vocabulary
+MAX_ENTRIES = 2**22  # of a vocabulary; the largest have 300,000
 MAX_PIXELS = 8192  # along a side of a picture
 MAX_NAMES = 256  # entries of one list or table of names: ports, tasks, phases, segments, experts
 
@@ -83,15 +84,6 @@ def told(problem: Mapping[str, Any]) -> str:
     return text if kind in ("missing", "extra_forbidden", "value_error") else f"{text} (found {shown(problem['input'])})"
 
 
-def shown(value: Any) -> str:
-    """A value in an error message: its beginning, where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 TRIED = re.compile(r"constrained-\w+|function-\S+|int|float|bool|str|\w+\[.*|[A-Z]\w*(Spec|Config)")
 
 
@@ -138,7 +130,7 @@ def parse_part(family: Mapping[str, type[Config]], table: Any, address: str) -> 
         raise RecipeError(f"{address}: `kind` is missing", hint=nearest("", family))
     kind = table["kind"]
     if not isinstance(kind, str) or kind not in family:
-        raise RecipeError(f"{address}.kind: there is no {shown(kind)}", hint=nearest(str(kind), family))
+        raise RecipeError(f"{address}.kind: there is no {shown(kind)}", hint=nearest(str(kind)[:80], family))
     member = family[kind]
     for key in table:
         if key not in member.model_fields:

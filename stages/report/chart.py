@@ -13,6 +13,7 @@ from stages.report.html import Markup, el
 
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+SMALLEST = 1e-100  # a difference, or a value with a logarithm, below which nothing is drawn
 MAX_POINTS = 160  # more than the pixels can show
 
 
@@ -29,7 +30,7 @@ class Line:
 
 def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> Markup:
     """Values over steps. `log` draws the logarithm; a value that is not positive has none and is left out."""
-    series = [(line, thin([(s, v) for s, v in zip(line.steps, line.values, strict=True) if v > 0 or not log])) for line in lines]
+    series = [(line, thin([(s, v) for s, v in zip(line.steps, line.values, strict=True) if v > SMALLEST or not log])) for line in lines]
     points = [point for _, kept in series for point in kept]
     if not points:
         return el("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": f"{title}: nothing to draw"}, "")
@@ -122,7 +123,7 @@ def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) that span [low, high]."""
-    if high <= low:
+    if high - low <= SMALLEST:
         return [low]
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))

@@ -11,6 +11,7 @@ from stages.report.chart import Line, line_chart
 from stages.report.folders import Folder, number
 from stages.report.html import Markup, el
 
+LARGEST = 1e100  # what can be drawn; neither infinite nor no number
 WHEN = ("step", "samples", "tokens", "seconds")  # numbers that say when, rather than how it went
 
 

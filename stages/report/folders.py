@@ -39,7 +39,7 @@ class Folder:
 
     @property
     def recipe_toml(self) -> str:
-        return self.record.get("recipe", "")
+        return self.record.get("recipe") or ""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -157,8 +157,11 @@ def parsed(text: str) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when the file is absent."""
+    text = read_text_inside(path.parent, path.name)
+    if text is None:
+        return {}
     try:
-        value = parsed(read_text_inside(path.parent, path.name) or "{}")
+        value = parsed(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON object, found {error}") from None
     if not isinstance(value, dict):
@@ -250,7 +253,7 @@ def inputs_of(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for name, value in record.items():
         if name == "joined" and isinstance(value, list):
             for inner in value:
-                yield from inputs_of(inner)
+                yield from inputs_of(inner) if isinstance(inner, Mapping) else ()
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, Mapping) and "fingerprint" in entry and ("path" in entry or "provenance" in entry):
                 yield entry

@@ -27,7 +27,7 @@ def step(link: Link) -> Markup:
         f"took {lasted}" if lasted else "",
         f"seed {record['seed']}" if "seed" in record else "",
         fingerprint_text(link.fingerprint),
-        *(foreign(entry) for entry in record.get("inputs", []) if not entry.get("provenance")),
+        *(foreign(entry) for entry in record.get("inputs") or [] if not entry.get("provenance")),
     ]
     return el(
         "li",

@@ -11,7 +11,6 @@ Whether an argument is a text or a picture follows from the task: the port that 
 """
 
 import hashlib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stages.documents import MAX_TOML_BYTES, parse_toml, read_bytes, shown
 from stages.errors import UsageError, nearest
 from stages.hub import SCHEME, resolve
 from stages.recipe import EachSpec, Recipe, SegmentSpec, Task
@@ -29,6 +29,9 @@ from stages.training.checkpoint import open_checkpoint
 
 Kind = Literal["text", "picture"]
 Thing = str | np.ndarray  # a text, or a picture: uint8 (H, W, 3)
+
+
+MAX_TOOLS = 64  # each may be a network of its own
 
 
 class _Table(BaseModel):
@@ -79,18 +82,18 @@ class Toolbox:
 def open_tools(file: Path) -> Toolbox:
     """Read and check a tools.toml; no weights are loaded. Raises UsageError with file, key, and the nearest valid choice."""
     try:
-        data = file.read_bytes()
-        tables = tomllib.loads(data.decode())
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}", hint="--tools takes a file such as tools.toml") from None
-    except ValueError as error:
-        raise UsageError(f"{file}: this is not TOML: {error}") from None
+        data = read_bytes(file, most=MAX_TOML_BYTES, error=UsageError)
+    except UsageError as error:
+        raise UsageError(error.message, hint=error.hint or "--tools takes a file such as tools.toml") from None
+    tables = parse_toml(data, file, error=UsageError)
     for key in tables:
         if key != "tools":
             raise UsageError(f"{file}: {key}: there is no such key", hint="every tool is a table [tools.NAME]")
     found = tables.get("tools")
     if not isinstance(found, dict) or not found:
-        raise UsageError(f"{file}: tools: expected tables [tools.NAME], found {'none' if found is None else repr(found)}")
+        raise UsageError(f"{file}: tools: expected tables [tools.NAME], found {'none' if found is None else shown(found)}")
+    if len(found) > MAX_TOOLS:
+        raise UsageError(f"{file}: tools: {len(found):,} tools, a toolbox has at most {MAX_TOOLS}")
     return Toolbox(file, hashlib.sha256(data).hexdigest(), {name: _tool(file, name, table) for name, table in found.items()})
 
 
@@ -106,13 +109,17 @@ def _tool(file: Path, name: str, table: Any) -> Tool:
         key = ".".join(map(str, (here, *first["loc"])))
         if first["type"] == "extra_forbidden":
             raise UsageError(f"{key}: there is no such key", hint=nearest(str(first["loc"][-1]), _Table.model_fields)) from None
-        found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
+        found = "" if first["type"] == "missing" else f" (found {shown(first['input'])})"
         raise UsageError(f"{key}: {first['msg']}{found}") from None
+    if "\0" in said.model or not said.model:
+        raise UsageError(f"{here}.model: expected a folder or hf://org/name, found {shown(said.model)}")
     folder = resolve(said.model) if said.model.startswith(SCHEME) else file.parent / said.model
     try:
         recipe = open_checkpoint(folder).recipe
     except UsageError as error:
         raise UsageError(f"{here}.model: {error.message}", hint=error.hint) from None
+    except OSError as error:  # a path that is too long, or not for this user
+        raise UsageError(f"{here}.model: {shown(said.model)}: {(error.strerror or str(error)).lower()}") from None
     if said.task not in recipe.tasks:
         raise UsageError(f"{here}.task: '{recipe.name}' has no task '{said.task}'", hint=nearest(said.task, recipe.tasks))
     task = recipe.tasks[said.task]

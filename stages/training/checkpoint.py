@@ -24,14 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from stages.documents import read_object, read_object_if_any, refuse_pointer
 from stages.errors import DataError, RecipeError, UsageError
 from stages.escape import file_name, markdown, visible
-from stages.files import copy_tokenizer, inside, read_json_inside, write_atomic
+from stages.files import copy_tokenizer, inside, write_atomic
 from stages.model import Model, build_model, count_parameters, covers, meta_model, on_meta
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
 from stages.parts.config import MAX_PIXELS, shown
 from stages.parts.tokenizers import TextTokenizer, load_tokenizer
 from stages.recipe import Recipe, Stage, load_recipe
+from stages.records import CheckpointConfig, Record, Status
 
 WEIGHTS = "model.safetensors"
 
@@ -48,6 +50,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     The library judges the header before anything else; the tensors are mapped and not read before they are used.
     """
     inside(path.parent, path.name)
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -126,7 +129,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], path: str) -> str:
 
 def checkpoint_input(path: str, folder: Path, role: str = "model") -> dict[str, Any]:
     """A checkpoint as an input of a run: what it computes, and the run that made it."""
-    provenance = read_json_inside(folder, "run.json")
+    provenance = read_object_if_any(folder / "run.json", Record)
     kept = {
         key: provenance[key] for key in ("stage", "command", "seed", "inputs", "started", "finished", "git_commit") if key in provenance
     }
@@ -216,7 +219,9 @@ class Checkpoint:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a training stage has begun here and not yet written its checkpoint."""
-    return not (folder / "config.json").exists() and read_json_inside(folder, "status.json").get("stage") in get_args(Stage)
+    if (folder / "config.json").exists():
+        return False
+    return read_object_if_any(folder / "status.json", Status).get("stage") in get_args(Stage)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -229,17 +234,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             what = "no such folder" if not folder.is_dir() else f"not a checkpoint, there is no {name}"
             raise UsageError(f"{folder}: {what}", hint="a checkpoint is what pretrain-tokenizer, align and train-unified write to --out")
-    config = read_json_inside(folder, "config.json")
+    config = read_object(folder / "config.json", CheckpointConfig)
     return Checkpoint(folder, load_recipe(folder), config, _tokenizers_of(folder, config))
 
 
 def _tokenizers_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
     """Where the tokenizers lie that config.json names: below the checkpoint, nowhere else."""
-    named = config.get("tokenizers", {})
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise DataError(f"{folder / 'config.json'}: tokenizers: expected a table of addresses and folder names")
     found = {}
-    for address, name in named.items():
+    for address, name in config.get("tokenizers", {}).items():
         try:
             found[address] = inside(folder, "tokenizers", name) or folder / "tokenizers" / name
         except DataError as error:

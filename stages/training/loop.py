@@ -31,7 +31,7 @@ from stages.training.ema import EMA
 from stages.training.optim import build_optimizer, learning_rate
 from stages.training.parallel import Engine, StepResult, whole
 from stages.training.seeds import stream_seed
-from stages.training.state import load_state, newest_state, save_state
+from stages.training.state import load_state, newest_state, read_facts, save_state
 
 Item = TypeVar("Item")
 ItemIn = TypeVar("ItemIn", covariant=True)
@@ -127,11 +127,11 @@ def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Le
     if not run.resuming or folder is None:
         run.cut_metrics(0)
         return Ledger(), None
-    facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    facts = read_facts(folder)
     for name, now in (("threads", torch.get_num_threads()), ("dtype", str(dtype)), ("ranks", ranks.size())):
-        if facts[name] != now:
+        if facts.get(name) != now:
             run.say(
-                f"warning: this run was made with {name} = {facts[name]}, it continues with {now}; the result will differ in the last bits"
+                f"warning: this run was made with {name} = {facts.get(name)}, it continues with {now}; the result will differ in the last bits"
             )
     ledger = Ledger(**{key: facts[key] for key in Ledger.__dataclass_fields__ if key in facts})
     run.cut_metrics(ledger.total_step)

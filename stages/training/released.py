@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stages.errors import DataError, UsageError
-from stages.files import inside, read_json_inside
+from stages.documents import Document, Int, Real, read_object, read_object_if_any, refuse_pointer
+from stages.errors import DataError, MmgenError, UsageError
+from stages.files import inside
 from stages.hub import resolve
 from stages.model import Model, covers
 from stages.parts.autoencoders import Autoencoder
@@ -39,6 +41,7 @@ from stages.parts.tokenizers import ReleasedTokenizerConfig, TextTokenizer
 from stages.recipe import Recipe
 from stages.training import released_model as whole
 from stages.training.checkpoint import check_finite, checkpoint_input, init_part, is_unfinished
+from stages.training.pickled import Stored, fetch, read_beside_objects
 from stages.training.released_network import fill_network
 
 FAMILIES = ("autoencoders", "backbones", whole.ADDRESS)  # of parts whose released weights are read
@@ -46,6 +49,20 @@ INSIDE = ("ema", "model", "state_dict")  # where a .pt keeps its weights, the av
 USUAL = ("diffusion_pytorch_model", "model")  # of several files in one folder
 NEVER_SCALED = 0.18215  # what AutoencoderKL of diffusers takes where a config.json, as those of 2022, does not say it
 LONG_RUN = 100.0  # latents that each released code counts as having won, so that none of them is taken for dead and moved
+
+
+class WeightIndex(Document):
+    """*.safetensors.index.json: the piece each weight is in."""
+
+    weight_map: dict[str, str]
+
+
+class AutoencoderFacts(Document):
+    """What is read of the config.json of an autoencoder."""
+
+    scaling_factor: Real | None = None
+    shift_factor: Real | None = None
+    norm_num_groups: Int | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,8 @@ def read_released(path: Path, inside: str = "", family: str = "autoencoders", *,
         )
     folder = path if path.is_dir() else path.parent
     files = weight_files(path) if path.is_dir() else [path]
+    for file in files:
+        refuse_pointer(file)
     if path.suffix == ".gguf" and family == "backbones":
         tensors, facts = read_gguf(path)
         return Released(str(path), family, tensors, facts)
@@ -231,7 +250,8 @@ def read_released(path: Path, inside: str = "", family: str = "autoencoders", *,
     else:
         everything = read_torch(path, "meta" if shapes_only else "cpu")
         tensors = {name: everything[full] for name, full in select(everything, str(path), inside).items()}
-    return Released(str(path), family, tensors, read_json_inside(folder, "config.json"))
+    facts = read_object_if_any(folder / "config.json", AutoencoderFacts if family == "autoencoders" else Document)
+    return Released(str(path), family, tensors, facts)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -244,10 +264,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [found[f"{stem}.safetensors"]]
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            listed = read_json_inside(folder, index.name, kind="index of weights").get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-                raise DataError(f"{index}: expected a weight_map of tensors and files")
-            names = sorted(set(listed.values()))
+            names = sorted(set(read_object(index, WeightIndex)["weight_map"].values()))
             absent = [name for name in names if name not in found]
             if absent:
                 raise DataError(f"{index}: lists {', '.join(absent)}, not in the folder")
@@ -284,18 +301,23 @@ def read_safetensors(files: list[Path], inside: str, select: Select, *, shapes_o
 
 
 def read_torch(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote. Nothing in it is run: a file that holds more than tensors is refused."""
+    """The tensors of a file that torch.save wrote. Nothing in it is run, whatever else it holds (see `stages.training.pickled`)."""
     try:
         found: Any = torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked is None:
+        if is_zipfile(path):
+            found = read_beside_objects(path)
+        elif asked is None:
             raise DataError(f"{path}: cannot be read as weights, it is damaged or no file of torch.save") from None
-        raise UsageError(
-            f"{path}: holds Python objects beside its tensors ({asked[1]}); reading them could run anything, so it is refused",
-            hint="where you trust the file, keep its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)",
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        else:
+            raise UsageError(
+                f"{path}: holds Python objects beside its tensors ({asked[1]}), in the format of torch before 1.6, which is not read",
+                hint="save its tensors alone, with a newer torch",
+            ) from None
+    except MmgenError:  # the run was asked to stop while it read
+        raise
+    except Exception as error:  # bytes of strangers: whatever torch runs into
         raise DataError(
             f"{path}: cannot be read as weights ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
@@ -304,4 +326,7 @@ def read_torch(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping):
         raise DataError(f"{path}: expected a table of tensors, found {type(found).__name__}")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    described = {str(name): value for name, value in found.items() if isinstance(value, Stored)}
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)} | (
+        fetch(path, described, device) if described else {}
+    )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stages.documents import Document, Int, Real, Size, check
 from stages.errors import DataError, UsageError
 from stages.model import Model, Slice
 from stages.parts.backbones import Transformer
@@ -61,6 +62,25 @@ LAYOUTS = {
 }
 
 
+class WholeFacts(Document):
+    """What is read of the config.json of a whole model, beside its language model and its tower."""
+
+    vocabulary_map: dict[str, Int] | None = None
+
+
+class TowerFacts(Document):
+    """What is read of the section `vision_config`."""
+
+    hidden_size: Size | None = None
+    num_hidden_layers: Size | None = None
+    num_attention_heads: Size | None = None
+    patch_size: Size | None = None
+    hidden_act: str | None = None
+    use_qk_norm: bool | None = None
+    mlp_ratio: Real | None = None
+    layer_norm_eps: Real | None = None
+
+
 def select(names: Iterable[str], where: str, inside: str = "") -> dict[str, str]:
     """Of all names in a file those that a network is started from, each under itself. DataError for a path inside: it is the whole."""
     if inside:
@@ -92,6 +112,7 @@ def what_is_read(released: Released) -> Any:
 
 def code_rows(config: Mapping[str, Any]) -> list[int]:
     """Row of the vocabulary for each code, in the order of the codes; none where pictures have a table of their own."""
+    check(config, "config.json", WholeFacts)
     found = {code_of(name): row for name, row in (config.get("vocabulary_map") or {}).items()}
     found.pop(None, None)
     return [found[code] for code in sorted(found)]  # type: ignore[type-var]
@@ -185,6 +206,8 @@ def vocabulary(
     codes = code_rows(released.config)
     rows = tables["connector"].shape[0]
     others = sorted(set(range(rows)) - set(codes))
+    if outside := [row for row in codes if not 0 <= row < rows]:
+        raise DataError(f"{released.source}: vocabulary_map in config.json names row {outside[0]} of a vocabulary of {rows:,}")
     state, filled, notes = model.state_dict(), dict[str, Tensor](), []
     for port in text_ports(model, network):
         piece = model.slices[port]
@@ -226,6 +249,8 @@ def copy_rows(state: Mapping[str, Tensor], filled: dict[str, Tensor], piece: Sli
 def tower_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keys of an [encoders.NAME] table that the release's vision tower is."""
     facts = config.get("vision_config") or {}
+    check(facts, f"{where}: config.json: vision_config", TowerFacts)
+    facts = {key: value for key, value in facts.items() if value is not None}
     absent = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size") if key not in facts]
     activation = ACTIVATIONS.get(facts.get("hidden_act", "gelu"))
     if absent:

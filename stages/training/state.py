@@ -7,6 +7,7 @@ anywhere), so that a run may go on with another number of ranks, or with its wei
 
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,11 +23,32 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from stages import ranks
+from stages.documents import Document, Int, read_object
 from stages.errors import DataError
 from stages.files import replace_folder, write_atomic
 from stages.training.ema import EMA
 
 KEPT = 2
+
+
+class Facts(Document):
+    """What state.json says."""
+
+    phase: Int = 0
+    step: Int = 0
+    total_step: Int = 0
+    threads: Int | None = None
+    dtype: str | None = None
+    ranks: Int | None = None
+    phase_name: str = ""
+    ema_updates: Int = 0
+    samples: Int = 0
+    tokens: Int = 0
+    position: Int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
@@ -61,12 +83,17 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
     return final
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """state.json: the counts of a run, and what its bits depend on. Raises DataError."""
+    return read_object(folder / "state.json", Facts, hint=f"remove {folder}: the run goes on from the state before")
+
+
 def load_state(folder: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA | None) -> dict[str, Any]:
     """Put weights, moments and average back, in whatever shards they now are; returns the facts. Every rank calls it.
 
     Raises DataError for tensors that are damaged, missing, of another shape, or of other parameters than those that learn.
     """
-    facts: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    facts = read_facts(folder)
     reader = HuggingFaceStorageReader(str(folder))
     try:
         entries = reader.read_metadata().state_dict_metadata
@@ -82,17 +109,20 @@ def load_state(folder: Path, modules: nn.Module, optimizers: Optimizers, ema: EM
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for key in there:
-            if key.startswith(f"optimizer.{name}."):
-                number, kind = key.removeprefix(f"optimizer.{name}.").split(".")
-                value = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[int(number)])
-                moments[name].setdefault(int(number), {})[kind] = tensors[key] = value
+            found = re.fullmatch(rf"optimizer\.{re.escape(name)}\.(\d{{1,9}})\.(\w+)", key)
+            if found and int(found[1]) < len(parameters):  # others are unexpected
+                value = torch.zeros(()) if found[2] == "step" else torch.zeros_like(parameters[int(found[1])])
+                moments[name].setdefault(int(found[1]), {})[found[2]] = tensors[key] = value
     _check(folder, there, {name: tuple(value.shape) for name, value in tensors.items()})
-    with _quietly(), _own_error():
-        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size() == 1)
+    try:
+        with _quietly(), _own_error():
+            dcp.load(tensors, storage_reader=reader, no_dist=ranks.size() == 1)
+    except Exception as error:
+        raise DataError(f"{folder}: cannot be read ({error})", hint="remove it: the run goes on from the state before") from None
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments[name]})
     if ema is not None:
-        ema.updates = facts["ema_updates"]
+        ema.updates = facts.get("ema_updates", 0)
     return facts
 
 

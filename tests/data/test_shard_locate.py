@@ -159,7 +159,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch):
         raise LocalEntryNotFoundError("no connection, and nothing in the cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(UsageError, match="hf://datasets/org/name cannot be fetched: no connection"):
+    with pytest.raises(UsageError, match="hf://datasets/org/name: the Hub did not answer as expected: no connection"):
         open_shards("hf://datasets/org/name")
 
 

@@ -539,3 +539,20 @@ def test_codes_of_two_tokenizers_are_not_joined(tmp_path, write_set):
 
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+@pytest.mark.parametrize("how", ["gone", "made anew", "cut", "empty"])
+def test_tars_that_change_while_they_are_read_are_bad_data(tmp_path, write_set, how):
+    shards = open_shards(str(write_set(tmp_path / "set", 25)))
+    assert shards[0].key == "000000"
+    last = tmp_path / "set" / "data-000002.tar"
+    if how == "gone":
+        shutil.rmtree(tmp_path / "set")
+    elif how == "made anew":
+        shutil.rmtree(tmp_path / "set")
+        write_set(tmp_path / "set", 25, split="other")
+    else:
+        last.write_bytes(last.read_bytes()[: 700 if how == "cut" else 0])
+    assert shards[1].key == "000001"  # what is open stays whole
+    with pytest.raises(DataError, match=r"data-00000\d\.tar: (gone|overwritten)"):
+        shards.read_or_skip(24)

@@ -7,6 +7,9 @@ random, norms and biases too, so that a swapped one shows.
 
 import json
 import os
+import pickle
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +34,7 @@ from stages.pretrain_tokenizer import pretrain_tokenizer
 from stages.recipe import load_recipe
 from stages.tokenize_shards import tokenize_shards
 from stages.training.checkpoint import load_autoencoder, read_weights
-from stages.training.released import fill, open_starts, read_released
+from stages.training.released import fill, open_starts, read_released, read_torch
 
 SIZES = {
     "downsample": 4,
@@ -552,11 +555,69 @@ class Bomb:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    path = save_torch(tmp_path / "bomb.ckpt", {"state_dict": vqgan_weights().w.tensors, "callbacks": Bomb(tmp_path / "made")})
-    with pytest.raises(UsageError, match=r"holds Python objects .*mkdir.*refused") as caught:
-        started(VQ_SIZES, path)
-    assert "state_dict" in caught.value.hint
+    weights = vqgan_weights().w.tensors
+    path = save_torch(tmp_path / "bomb.ckpt", {"state_dict": weights, "callbacks": Bomb(tmp_path / "made")})
+    assert read_torch(path).keys() == weights.keys()
     assert not (tmp_path / "made").exists()
+    torch.save({"state_dict": weights, "callbacks": Bomb(tmp_path / "made")}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UsageError, match=r"holds Python objects .*mkdir"):
+        started(VQ_SIZES, path)
+    assert not (tmp_path / "made").exists()
+
+
+class Callback:
+    """As Lightning keeps them: the class itself is a key, an instance of it a value."""
+
+    def __init__(self) -> None:
+        self.best = {"score": torch.ones(2)}
+
+
+def test_a_lightning_checkpoint_gives_its_tensors_and_nothing_else(tmp_path: Path) -> None:
+    tied = torch.randn(4, 6)
+    weights = OrderedDict(
+        {
+            "a": torch.arange(12.0).view(3, 4),
+            "part": torch.arange(12.0).view(3, 4)[1:, ::2],
+            "half": torch.randn(3).bfloat16(),
+            "count": torch.tensor(7),
+            "none": torch.empty(0, 3),
+            "tied": tied,
+            "turned": tied.t(),
+            "learned": torch.nn.Parameter(torch.randn(2)),
+        }
+    )
+    weights._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    more = {"callbacks": {Callback: Callback()}, "loops": [Callback(), Path("x")], "hyper_parameters": {"lr": 1e-4, "f": os.getcwd}}
+    path = save_torch(tmp_path / "last.ckpt", {"epoch": 3, "state_dict": weights, **more})
+    found = read_torch(path)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) and found[name].dtype == weights[name].dtype for name in weights)
+    shapes = read_torch(path, "meta")
+    assert {name: value.shape for name, value in shapes.items()} == {name: value.shape for name, value in weights.items()}
+    assert all(value.is_meta for value in shapes.values())
+
+
+@pytest.mark.parametrize("what", ["storage too short", "no storage", "size is no number", "stride outside", "calls of calls", "cut pickle"])
+def test_a_pickle_that_lies_about_its_tensors_is_bad_data(tmp_path: Path, what: str) -> None:
+    path, rewritten = save_torch(tmp_path / "a.ckpt", {"x": Callback(), "w": torch.zeros(6)}), tmp_path / "b.ckpt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(rewritten, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                assert b"K\x00K\x06\x85" in data  # offset 0, size (6,)
+                data = {
+                    "size is no number": data.replace(b"K\x00K\x06\x85", b"K\x00N\x85"),
+                    "stride outside": data.replace(b"K\x00K\x06\x85", b"K\x05K\x06\x85"),
+                    "calls of calls": pickle.PROTO + b"\x02" + b"(" * 3000 + b"t" * 3000 + b"R.",
+                    "cut pickle": data[: len(data) // 2],
+                }.get(what, data)
+            if name.endswith("data/0") or name.endswith("data/1"):
+                data = data[:8] if what == "storage too short" else data
+                if what == "no storage":
+                    continue
+            new.writestr(name, data)
+    with pytest.raises(DataError, match=r"b\.ckpt"):
+        read_torch(rewritten)
 
 
 def test_norms_of_other_groups_are_refused(tmp_path: Path) -> None:

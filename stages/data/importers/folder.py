@@ -8,6 +8,7 @@ is pictures only. Pictures that all have one format keep their bytes unless they
 import csv
 import hashlib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,7 +52,7 @@ def samples(source: str, *, size: int = 0, fit: str = "crop", val_fraction: floa
     """
     check_fit(size, fit)
     check_fraction("--val-fraction", val_fraction)
-    root = Path(source).expanduser()
+    root = Path(os.path.expanduser(source))
     table = root if root.is_file() and root.suffix in TABLE_FORMATS else None
     if table is not None:
         root = table.parent

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.errors import DataError
+
 ATTRIBUTES = ("size", "texture", "colour", "shape", "place")  # the order in which a sentence names them
 SPLITS = ("train", "val", "heldout")
 ONE_LOOK = ("existence", "count", "colour", "shape", "size", "texture", "position")  # questions that one pass over the objects answers
@@ -223,8 +225,21 @@ class Scene:
 
     @staticmethod
     def from_json(graph: Mapping[str, Any]) -> "Scene":
-        """Inverse of `to_json`, up to the drawn centres, which are not part of what a scene says."""
-        return Scene(graph["level"], tuple(SceneObject(*(entry[attribute] for attribute in ATTRIBUTES)) for entry in graph["objects"]))
+        """Inverse of `to_json`, up to the drawn centres, which are not part of what a scene says. DataError where it is no scene."""
+        level = graph.get("level") if isinstance(graph, Mapping) else None
+        if type(level) is not int or not 0 <= level < len(LEVELS):
+            raise DataError(f"not a scene: level {level!r:.40}, expected 0 to {len(LEVELS) - 1}")
+        entries, known = graph.get("objects"), {**LEVELS[level].values, "place": LEVELS[level].places}
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise DataError("not a scene: expected a list of objects")
+        for entry in entries:
+            for attribute in ATTRIBUTES:
+                if entry.get(attribute) not in known[attribute]:
+                    raise DataError(f"not a scene of level {level}: an object with the {attribute} {entry.get(attribute)!r:.40}")
+        try:
+            return Scene(level, tuple(SceneObject(*(entry[attribute] for attribute in ATTRIBUTES)) for entry in entries))
+        except ValueError as error:
+            raise DataError(f"not a scene: {error}") from None
 
 
 def split_of(scene: Scene) -> str:

@@ -10,8 +10,10 @@ same names for another computation (Gemma adds one to its norms, Granite multipl
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, cat
 
+from stages.documents import Document, Int, Real, Size, check
 from stages.errors import DataError, UsageError
 from stages.parts.backbones.transformer import RopeScalingConfig, Transformer, TransformerConfig
 from stages.parts.config import PartConfig
@@ -59,6 +61,36 @@ SETTINGS: dict[str, Callable[[TransformerConfig], Any]] = {
     "rope.theta": lambda c: c.rope.theta,
     "rope.scaling": lambda c: c.rope.scaling,
 }
+
+
+class LanguageFacts(Document):
+    """What is read of the config.json of a language model."""
+
+    model_type: str | None = None
+    hidden_act: str | None = None
+    sliding_window: Int | None = None
+    num_attention_heads: Size | None = None
+    num_hidden_layers: Size | None = None
+    num_key_value_heads: Size | None = None
+    rms_norm_eps: Real | None = None
+    rope_theta: Real | None = None
+    partial_rotary_factor: Real | None = None
+    original_max_position_embeddings: Int | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+
+
+class RopeFacts(Document):
+    """What is read of its sections on rotary positions."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Real | None = None
+    factor: Real | None = None
+    low_freq_factor: Real | None = None
+    high_freq_factor: Real | None = None
+    original_max_position_embeddings: Int | None = None
+    partial_rotary_factor: Real | None = None
 
 
 def select(names: Iterable[str], where: str, inside: str = "") -> dict[str, str]:
@@ -111,6 +143,7 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
             f"{where}: there is no config.json beside the weights, and they do not show the number of heads, eps and rotary positions"
         )
     facts, prefix = facts_of(config), prefix_of(tensors)
+    check(facts, f"{where}: config.json", LanguageFacts)
     kind = facts.get("model_type")
     if kind not in MODEL_TYPES:
         raise UsageError(
@@ -132,11 +165,21 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
         name = f"{prefix}layers.0.{part}.weight"
         if name not in tensors:
             raise DataError(f"{where}: {name} is missing")
-        return tuple(tensors[name].shape)
+        return matrix(name)
 
-    heads, width = int(facts["num_attention_heads"]), tensors[prefix + EMBEDDING].shape[1]
-    head_dim = shape("self_attn.q_proj")[0] // heads
+    def matrix(name: str) -> tuple[int, ...]:
+        found = tuple(tensors[name].shape)
+        if len(found) != 2 or 0 in found:
+            raise DataError(f"{where}: {name} has the shape {found}, expected a matrix")
+        return found
+
+    heads, width = int(facts["num_attention_heads"]), matrix(prefix + EMBEDDING)[1]
+    head_dim, left = divmod(shape("self_attn.q_proj")[0], heads)
+    if left or not head_dim:
+        raise DataError(f"{where}: {shape('self_attn.q_proj')[0]} rows of queries do not divide into num_attention_heads = {heads}")
     rope = facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta", 10000.0), **(facts.get("rope_scaling") or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    check(rope, f"{where}: config.json: rotary positions", RopeFacts)
     return {
         "width": width,
         "depth": int(facts["num_hidden_layers"]),
@@ -155,14 +198,15 @@ def settings_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where:
 
 
 def facts_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the language model: all of it, or the section of a larger model."""
-    return config.get("text_config") or config
+    """What config.json says of the language model: all of it, or the section of a larger model; null says nothing."""
+    inner = config.get("text_config")
+    return {key: value for key, value in (inner if inner and isinstance(inner, Mapping) else config).items() if value is not None}
 
 
 def _ratio(hidden: int, width: int) -> float:
     """The shortest number that, times the width and rounded, is the hidden width of the MLP."""
     ratios = (round(hidden / width, digits) for digits in range(17))
-    return next(ratio for ratio in ratios if round(width * ratio) == hidden)
+    return next((ratio for ratio in ratios if round(width * ratio) == hidden), hidden / width)
 
 
 def _bias(tensors: Mapping[str, Tensor], layer: str, where: str) -> str:
@@ -199,7 +243,10 @@ def _scaling(rope: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> R
     absent = [theirs for theirs in keys.values() if said.get(theirs) is None]
     if absent:
         raise DataError(f"{where}: config.json scales its rotary positions by {kind!r} and does not say {', '.join(absent)}")
-    return RopeScalingConfig(kind=kind, **{ours: said[theirs] for ours, theirs in keys.items()})
+    try:
+        return RopeScalingConfig(kind=kind, **{ours: said[theirs] for ours, theirs in keys.items()})
+    except ValidationError as error:
+        raise DataError(f"{where}: config.json: rotary positions scaled by {kind!r}: {error.errors()[0]['msg']}") from None
 
 
 def differing(config: TransformerConfig, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -3,7 +3,7 @@
 import json
 import re
 
-ENTRY = re.compile(r"IMGIMG([A-J]+)Z|<\|visual token (\d+)\|>")
+ENTRY = re.compile(r"IMGIMG([A-J]{1,9})Z|<\|visual token ([0-9]{1,9})\|>")
 DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
 

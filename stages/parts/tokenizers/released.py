@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import Field
 from tokenizers import Tokenizer
 
+from stages.documents import read_object_if_any
 from stages.errors import DataError, RecipeError, UsageError
-from stages.files import read_json_inside
 from stages.parts.backbones.gguf_file import tokenizer_of
-from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig, read_table
+from stages.parts.tokenizers.text import BOS, EOS, PAD, TextTokenizer, TokenizerConfig, read_table, rust_faults
 
 ROLES = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token"}
 AROUND_PICTURES = {"<soi>": "boi_token", "<eoi>": "eoi_token"}  # where a recipe asks for them and a unified model has them
@@ -45,14 +45,13 @@ class ReleasedTokenizerConfig(TokenizerConfig):
         if not file.is_file():
             raise UsageError(f"{source}: there is no tokenizer.json, the file of a released text tokenizer")
         tokenizer = read_table(file)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        names = {**special_names(file, tokenizer, self.special), **self.names}
-        missing = [name for name in self.names.values() if tokenizer.token_to_id(name) is None]
-        if missing:
-            raise UsageError(f"{source}: names {', '.join(missing)} for special tokens, which its tokenizer.json does not have")
-        tokenizer.add_special_tokens([token for token in self.special if token not in names and tokenizer.token_to_id(token) is None])
-        size = 1 + max(tokenizer.get_vocab().values())
+        with rust_faults(str(file)):
+            names = {**special_names(file, tokenizer, self.special), **self.names}
+            missing = [name for name in self.names.values() if tokenizer.token_to_id(name) is None]
+            if missing:
+                raise UsageError(f"{source}: names {', '.join(missing)} for special tokens, which its tokenizer.json does not have")
+            tokenizer.add_special_tokens([token for token in self.special if token not in names and tokenizer.token_to_id(token) is None])
+            size = 1 + max(tokenizer.get_vocab().values())
         return TextTokenizer(self.model_copy(update={"vocab_size": size, "names": names}), tokenizer)
 
 
@@ -70,15 +69,15 @@ def special_names(file: Path, tokenizer: Tokenizer, special: Iterable[str] = ())
     if file.suffix == ".gguf":
         settings, config = tokenizer_of(file)[1], dict[str, Any]()
     else:
-        settings, config = read_json_inside(folder, "tokenizer_config.json"), read_json_inside(folder, "config.json")
+        settings, config = read_object_if_any(folder / "tokenizer_config.json"), read_object_if_any(folder / "config.json")
     found: dict[str, str] = {}
     for token, role in {**ROLES, **{token: role for token, role in AROUND_PICTURES.items() if token in special}}.items():
         said = settings.get(role)
         name = said.get("content") if isinstance(said, dict) else said
         number = config.get(f"{role}_id")
-        if name is None and isinstance(number, int):
+        if name is None and isinstance(number, int) and 0 <= number < 2**32:
             name = tokenizer.id_to_token(number)
-        if name is not None and tokenizer.token_to_id(name) is not None:
+        if isinstance(name, str) and tokenizer.token_to_id(name) is not None:
             found[token] = name
     if EOS not in found:
         raise DataError(f"{file}: neither tokenizer_config.json nor config.json beside it says which token ends a text (eos_token)")

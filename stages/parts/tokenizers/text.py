@@ -11,14 +11,16 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models
 
+from stages.documents import parse_object, read_bytes, read_object
 from stages.errors import DataError, MmgenError, RecipeError, UsageError, nearest
-from stages.files import read_json_inside, read_text_inside, write_atomic
+from stages.files import write_atomic
 from stages.parts.backbones.gguf_file import tokenizer_of
 from stages.parts.config import MAX_ENTRIES, Entries, Names, PartConfig
 from stages.parts.tokenizers.picture_entries import without_codes
@@ -86,11 +88,12 @@ class TextTokenizer:
         for text in texts:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise DataError(f"not a valid text: {text[:60]!r} holds half a surrogate pair")
-        found: list[list[int]] = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for place, ids in enumerate(found):
-            if not self.reserved.isdisjoint(ids):
-                spelled = self._without_reserved.encode(texts[place], add_special_tokens=False).ids
-                found[place] = [token for token in spelled if token not in self.reserved]  # what is left is the table's unknown token
+        with rust_faults("the text tokenizer"):
+            found: list[list[int]] = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for place, ids in enumerate(found):
+                if not self.reserved.isdisjoint(ids):
+                    spelled = self._without_reserved.encode(texts[place], add_special_tokens=False).ids
+                    found[place] = [token for token in spelled if token not in self.reserved]  # what is left is the table's unknown token
         return found
 
     @cached_property
@@ -130,7 +133,8 @@ class TextTokenizer:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         kept = ids if special else [token for token in ids if token not in self._own]
-        return self._tokenizer.decode(list(kept), skip_special_tokens=not special)
+        with rust_faults("the text tokenizer"):
+            return self._tokenizer.decode(list(kept), skip_special_tokens=not special)
 
     def extends(self, file: Path) -> bool:
         """Whether every entry of another tokenizer.json, or of the tokenizer in a GGUF file, has the same id here."""
@@ -173,7 +177,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: expected a text tokenizer, but there is no {name}")
-    settings = read_json_inside(folder, "tokenizer_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
     if "mmgen" not in settings:
         raise UsageError(f"{folder / 'tokenizer_config.json'}: no 'mmgen' section, so it was not written by pretrain-tokenizer")
     config = parse_part(TOKENIZERS, settings["mmgen"], f"{folder / 'tokenizer_config.json'}: mmgen")
@@ -182,13 +186,30 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 def read_table(file: Path) -> Tokenizer:
     """A tokenizer.json without entries that are codes of pictures, or the tokenizer in a GGUF file. DataError if it is damaged."""
+    text = tokenizer_of(file)[0] if file.suffix == ".gguf" else read_bytes(file).decode("utf-8", "replace")
+    parse_object(text, file)  # what is too deep would end the library, and with it the process
+    with rust_faults(str(file)):
+        table = Tokenizer.from_str(without_codes(text))
+        ids = table.get_vocab().values()
+        if not ids or max(ids) >= MAX_ENTRIES:  # the library's memory grows with the largest id, and so do embeddings
+            raise DataError(f"{file}: ids of entries up to {max(ids, default=0):,}, expected one at least and fewer than {MAX_ENTRIES:,}")
+        table.no_padding()
+        table.no_truncation()
+        return table
+
+
+@contextmanager
+def rust_faults(where: str) -> Iterator[None]:
+    """What `tokenizers` raises for tables that it cannot use becomes a DataError: bare Exceptions, and panics, which are not even those."""
     try:
-        text = tokenizer_of(file)[0] if file.suffix == ".gguf" else read_text_inside(file.parent, file.name) or ""
-        return Tokenizer.from_str(without_codes(text))
-    except MmgenError:
+        yield
+    except (MmgenError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot parse
-        raise DataError(f"{file}: {error}") from None
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{where}: no text tokenizer that can be used ({told:.200})") from None
 
 
 def texts_of(value: Any) -> Iterator[str]:
