@@ -21,11 +21,14 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from stages.errors import MmgenError, UsageError, nearest
+from stages import stop
+from stages.errors import MmgenError, Preempted, UsageError, nearest
 from stages.options import RunOptions
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FAILED = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV}
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+STATUS = {75: "preempted", 130: "stopped"}  # in the words of status.json; every other error is "failed"
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the reader of our stdout went away
 
 
@@ -102,7 +105,12 @@ class Door(PlainGroup):
             with self.make_context("mmgen", list(invocation.arguments), obj=invocation) as ctx:
                 self.invoke(ctx)
 
-        sys.exit(exit_code_of(run, invocation))
+        try:
+            code = exit_code_of(run, invocation)
+        except KeyboardInterrupt:  # a second Ctrl-C, while the first was being told
+            code = 130
+        stop.over()
+        sys.exit(code)
 
 
 def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
@@ -110,13 +118,16 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
     try:
         run()
         sys.stdout.flush()
+        stop.poll()  # what came while nothing was to be interrupted
         return 0
     except typer.Exit as done:
         return done.exit_code
     except MmgenError as error:
         return _tell(error.message, error.hint, error.exit_code, invocation)
-    except (KeyboardInterrupt, typer.Abort):
-        return _tell("interrupted", "", 130, invocation)
+    except Preempted as error:
+        return _tell(error.message, error.hint, error.exit_code, invocation)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _tell(str(error) or "interrupted", stop.CONTINUE if stop.asked() else "", 130, invocation)
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # so that Python, too, has nowhere left to complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,6 +136,10 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
         if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
             where = f": {error.filename}" if error.filename else ""
             hint = "make room, or name another --out; what is finished is whole, and the same command goes on from there"
+            return _tell(f"{os.strerror(error.errno).lower()}{where}", hint, 1, invocation)
+        if isinstance(error, OSError) and error.errno in DISK_FAILED:
+            where = f": {error.filename}" if error.filename else ""
+            hint = "the disk, or the way to it, failed; what is finished is whole, and the same command goes on from there"
             return _tell(f"{os.strerror(error.errno).lower()}{where}", hint, 1, invocation)
         if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
             path = error.filename2 or error.filename  # of a rename, where to
@@ -137,7 +152,7 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
 def _tell(message: str, hint: str, exit_code: int, invocation: Invocation) -> int:
     if invocation.wants_json:
         with contextlib.suppress(BrokenPipeError):
-            print_json({"status": "failed", "exit_code": exit_code, "error": message, "hint": hint})
+            print_json({"status": STATUS.get(exit_code, "failed"), "exit_code": exit_code, "error": message, "hint": hint})
             sys.stdout.flush()
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = typer.style("error:", fg="red", bold=True) if colour else "error:"

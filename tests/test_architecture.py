@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("mmgen_cli", "stages") for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted((ROOT / "stages" / "recipes").rglob("*.toml"))
 FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report", "drawing", "tools")
-BASICS = {"stages.errors", "stages.options", "stages.files", "stages.ranks"}  # what everybody may import
+BASICS = {"stages.errors", "stages.options", "stages.files", "stages.ranks", "stages.stop", "stages.ahead"}  # what everybody may import
 
 
 def parsed(path: Path) -> ast.Module:

@@ -386,17 +386,18 @@ def test_a_file_half_written_when_the_run_was_killed_is_cleared_away(tmp_path: P
 
 LOOP = """
 import sys, time
+from stages import stop
 from stages.options import RunOptions
 from stages.run import Run
 
-with Run(sys.argv[1], stage="align", options=RunOptions(), kind="checkpoint") as run:
+with stop.listening(), Run(sys.argv[1], stage="align", options=RunOptions(), kind="checkpoint") as run, stop.deferred():
     print("ready", flush=True)
     for step in range(10_000):
         time.sleep(0.005)
         run.status(step=step)
-        if run.stopping and sys.argv[2] == "polite":
+        if stop.asked() and sys.argv[2] == "polite":
             (run.out / "state.txt").write_text("saved")
-            run.raise_stop()
+            stop.now("the state is saved")
 """
 
 

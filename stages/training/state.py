@@ -50,8 +50,12 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
             tensors |= {f"optimizer.{name}.{number}.{kind}": torch.as_tensor(value) for kind, value in values.items()}
     if ema is not None:
         tensors |= {f"ema.{name}": value for name, value in ema.average.items()}
-    with _quietly(), _own_error():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
+    try:
+        with _quietly(), _own_error():
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk; the states before it stay
+        raise
     if ranks.rank() == 0:
         write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
         replace_folder(partial, final)
