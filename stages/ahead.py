@@ -59,7 +59,7 @@ def aside(work: Callable[[], T]) -> T:
 
 
 class Workers(Iterator[T]):
-    """`work(item)` for each of `items`, in their order, made by `count` forked processes, each up to `depth` results ahead.
+    """`work(item)` for each of `items`, in their order, made by `count` forked processes, each up to `depth` results ahead and what fits a pipe.
 
     `begin` is called once in each of them. What `work` raises comes out where its result would have; a worker that is killed is an
     MmgenError. Workers leave signals to their parent, die with it, and are killed when this object is dropped or the process exits,

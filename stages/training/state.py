@@ -53,12 +53,13 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
     try:
         with _quietly(), _own_error():
             dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
+        if ranks.rank() == 0:
+            write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
+            replace_folder(partial, final)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk; the states before it stay
         raise
     if ranks.rank() == 0:
-        write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
-        replace_folder(partial, final)
         for old in sorted(path for path in (out / "state").glob("step-*") if path.is_dir() and path != final)[: -(KEPT - 1) or None]:
             shutil.rmtree(old)
     ranks.wait()
