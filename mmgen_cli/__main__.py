@@ -42,7 +42,7 @@ def main() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch remarks on every network whose ports a batch may lack
-    sys.stderr = Unfailing(sys.stderr if sys.stderr is not None else open(os.devnull, "w"))  # type: ignore[assignment]  # noqa: SIM115
+    sys.stderr = Unfailing(sys.stderr if sys.stderr is not None else open(os.devnull, "w"))  # noqa: SIM115
     with stop.listening():
         try:
             from mmgen_cli.app import app
