@@ -198,8 +198,9 @@ def fit(
             batch = batches.next_batch()
         except stop.Asked:
             if ledger.total_step > saved:
+                run.status(step=ledger.total_step)
                 save()
-            stop.now("the state is saved")
+            stop.now("the state is saved" if saved else "")
         rate = learning_rate(phase, ledger.step)
         result = engine.step(partial(step, batch, generator), trainee.learning)
         norm = _update(result, optimizers, trainee.learning, engine, rate, phase.grad_clip)

@@ -32,7 +32,7 @@ def submit(folder: Path, state: str, restarts: int = 0) -> subprocess.CompletedP
     for name, text in {
         "scontrol": SCONTROL,
         "srun": SRUN,
-        "sleep": "#!/bin/sh\n",
+        "sleep": "#!/bin/sh\nexec /bin/sleep 0.05\n",
         "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
     }.items():
         (tools / name).write_text(text)

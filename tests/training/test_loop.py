@@ -343,6 +343,7 @@ def test_a_stop_while_a_batch_is_made_saves_the_steps_before_it(tmp_path: Path, 
         stopped.launch()
     state = newest_state(tmp_path / "run")
     assert (int(state.name.removeprefix("step-")) if state else 0) == first
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == first
     again = Training(tmp_path / "run", phase)
     again.launch()
     assert equal(weights(again.model), weights(expected.model))
