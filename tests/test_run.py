@@ -591,6 +591,7 @@ def test_a_rank_that_ends_is_told_apart_from_one_that_fails(tmp_path: Path, case
     assert not list((tmp_path / "out").glob(".failure*"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_another_hears_signals(tmp_path: Path) -> None:
     ranks = two_ranks(tmp_path / "out", "waits")
     assert ranks[0].stdout is not None
