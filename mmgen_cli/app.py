@@ -28,7 +28,7 @@ EPILOG = """Exit codes:
   2    a mistake in the command or the recipe
   3    bad data
   4    a guard stopped the run: a loss that is not finite, a dead codebook
-  75   preempted (SIGTERM): the same command continues
+  75   preempted (SIGTERM, SIGHUP, a lost rank): the same command continues
   130  interrupted (Ctrl-C)
 
 Example:

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from stages.errors import MmgenError, UsageError, nearest
+from stages import stop
+from stages.errors import MmgenError, Preempted, UsageError, nearest
 from stages.escape import json_text, visible
 from stages.options import RunOptions
 from stages.terminal import put, tell
@@ -38,6 +39,7 @@ NO_BYTES = {
     errno.EUCLEAN,
 }  # of a disk, or a network's
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+STATUS = {75: "preempted", 130: "stopped"}  # in the words of status.json; every other error is "failed"
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the reader of our stdout went away
 
 
@@ -115,7 +117,12 @@ class Door(PlainGroup):
             with self.make_context("mmgen", list(invocation.arguments), obj=invocation) as ctx:
                 self.invoke(ctx)
 
-        sys.exit(exit_code_of(run, invocation))
+        try:
+            code = exit_code_of(run, invocation)
+        except KeyboardInterrupt:  # a second Ctrl-C, while the first was being told
+            code = 130
+        stop.over()
+        sys.exit(code)
 
 
 def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
@@ -123,13 +130,16 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
     try:
         run()
         sys.stdout.flush()
+        stop.poll()  # what came while nothing was to be interrupted
         return 0
     except typer.Exit as done:
         return done.exit_code
     except MmgenError as error:
         return _tell(error, error.exit_code, invocation)
-    except (KeyboardInterrupt, typer.Abort):
-        return _tell(MmgenError("interrupted"), 130, invocation)
+    except Preempted as error:
+        return _tell(MmgenError(error.message, hint=error.hint), error.exit_code, invocation)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _tell(MmgenError(str(error) or "interrupted", hint=stop.CONTINUE if stop.asked() else ""), 130, invocation)
     except MemoryError as error:
         return _tell(_out_of_memory(error), 1, invocation)
     except BrokenPipeError:
@@ -147,7 +157,8 @@ def exit_code_of(run: Callable[[], None], invocation: Invocation) -> int:
             if error.errno in LIMITS:
                 return _tell(MmgenError(told, hint=LIMITS[error.errno]), 1, invocation)
             if error.errno in NO_BYTES:
-                return _tell(MmgenError(told, hint="the disk, or the network it is behind, gives no bytes"), 3, invocation)
+                hint = "the disk, or the way to it, failed; what is finished is whole, and the same command goes on from there"
+                return _tell(MmgenError(told, hint=hint), 1, invocation)
             if path:
                 hint = "name another path, or change its permissions" if error.errno in NOT_ALLOWED else ""
                 return _tell(MmgenError(told, hint=hint), 2, invocation)
@@ -166,7 +177,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def _tell(error: MmgenError, exit_code: int, invocation: Invocation) -> int:
     if invocation.wants_json:
         with contextlib.suppress(OSError, ValueError):  # nobody reads it; the exit code still tells
-            print_json({"status": "failed", "exit_code": exit_code, "error": error.message, "hint": error.hint})
+            print_json({"status": STATUS.get(exit_code, "failed"), "exit_code": exit_code, "error": error.message, "hint": error.hint})
             sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
@@ -247,6 +258,31 @@ def mend_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="mmgen")
+    if not isinstance(sys.stderr, Unfailing):
+        sys.stderr = Unfailing(sys.stderr)
+
+
+class Unfailing:
+    """Stands in for sys.stderr: a reader or a terminal that is gone (which is what SIGHUP says) must not end what is being done."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Any, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError:  # from now on nowhere, also what Python still holds back and would fail to write at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _written(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -47,10 +47,16 @@ class GuardError(MmgenError):
     exit_code = 4
 
 
-class Preempted(MmgenError):
-    """SIGTERM: the state is saved, the same command continues."""
+class Preempted(BaseException):
+    """SIGTERM, SIGHUP or a lost rank ended the work, the same command continues. Like KeyboardInterrupt it is no Exception: it may come
+    anywhere, and must not be taken for a fault of what it interrupts."""
 
     exit_code = 75
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -196,8 +196,6 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
                 for made in round_trip(tokenizer, group, device):
                     writer.write(made)
                 run.status(step=part.stop, of=count)
-                if run.stopping:
-                    run.raise_stop()
 
 
 def fresh_autoencoder(recipe: Recipe, seed: int) -> Autoencoder:
@@ -286,8 +284,6 @@ def reference_features(real: Shards, run: Run) -> Reference:
         if picture is not None:
             features.append(network([picture.fields["image"]]))
         run.status(step=index + 1, of=len(real), message=f"reference pictures, {network.name}")
-        if run.stopping:
-            run.raise_stop()
     return Reference(real.fingerprint, torch.cat(features))
 
 
@@ -357,8 +353,6 @@ def look(
                 looked.prompts.append(prompt_key(fields))
                 looked.said.append(str(fields.get("caption", "")))
         run.status(step=index + 1, of=count, message="scoring")
-        if run.stopping:
-            run.raise_stop()
     sampling = sampling_of(samples)
     return found, {**({"sampling": sampling} if sampling else {}), "resize": " and ".join(sorted(resized)) or "none"}
 

@@ -105,8 +105,6 @@ def _write_split(run: Run, split: str, samples: Iterable[Sample | BadFile], orig
     try:
         with ShardWriter(folder, split=split, provenance={**origin, "split": split}) as writer:
             for found in samples:
-                if run.stopping:
-                    run.raise_stop()
                 if options.limit is not None and writer.num_written >= options.limit:
                     break
                 if isinstance(found, Sample):

@@ -10,13 +10,15 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from stages import ranks
+from stages import ranks, stop
+from stages.ahead import aside
 from stages.data.sample import Sample
 from stages.data.shards import Shards, open_shards
 from stages.data.stream import spool_folder
@@ -119,17 +121,16 @@ def _train_text_tokenizer(
 
     def texts() -> Iterator[str]:
         nonlocal count
-        for sample in _samples(data, fields, options.limit, run):
+        for sample in _samples(data, fields, options.limit):
             count += 1
             for field in fields:
                 yield from texts_of(sample.fields[field])
 
-    tokenizer = released or config.train(list(texts()))
+    read = list(texts())
+    tokenizer = released or aside(partial(config.train, read))
     numbers: dict[str, float | int] = {"vocab_size": tokenizer.vocab_size, "samples": count}
     if validation is not None:
-        held_out = [
-            text for sample in _samples(validation, fields, NUM_VALIDATION, run) for f in fields for text in texts_of(sample.fields[f])
-        ]
+        held_out = [text for sample in _samples(validation, fields, NUM_VALIDATION) for f in fields for text in texts_of(sample.fields[f])]
         ids = tokenizer.encode_batch(held_out)
         numbers["bytes_per_token"] = sum(len(text.encode()) for text in held_out) / max(1, sum(map(len, ids)))
     run.log(**numbers)
@@ -141,10 +142,8 @@ def _train_text_tokenizer(
     run.finish(message=f"{tokenizer.vocab_size} entries from {origin}")
 
 
-def _samples(shards: Shards, fields: list[str], limit: int | None, run: Run) -> Iterator[Sample]:
+def _samples(shards: Shards, fields: list[str], limit: int | None) -> Iterator[Sample]:
     for i in range(min(len(shards), limit or len(shards))):
-        if run.stopping:
-            run.raise_stop()
         sample = shards.read_or_skip(i, fields)
         if sample is not None:
             yield sample
@@ -294,7 +293,12 @@ class Pictures:
             stack = self.pixels[numbers]
             good = numbers
         else:
-            decoded = [(number, picture) for number in numbers if (picture := self._decode(number)) is not None]
+            decoded = []
+            for number in numbers:
+                if self.ranks == 1:  # of several, all would have to stop at the same batch
+                    stop.poll()
+                if (picture := self._decode(number)) is not None:
+                    decoded.append((number, picture))
             if not decoded:
                 raise DataError(f"{self.shards.spec}: a whole batch of bad samples, the last: {self.shards.bad[-1]}")
             stack, good = np.stack([picture for _, picture in decoded]), [number for number, _ in decoded]

@@ -5,6 +5,7 @@ it was given. Small numbers travel as CPU tensors, so that no GPU has to wait fo
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages import stop
 from stages.errors import UsageError
 
 PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others: the slowest opens foreign shards or reads a large checkpoint
+WAIT_SECONDS = 0.002
 FOREVER = timedelta(days=30)  # where ranks work by themselves and meet at the end; torchrun ends them all when one fails
 
 
@@ -33,9 +36,14 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
-    yield  # after an exception the process ends, and with it the group: to leave in good order one would have to wait for the others
-    wait()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+        yield  # after an exception the process ends, and with it the group: to leave in good order one would have to wait for the others
+        wait()
+    except RuntimeError as error:
+        if (instead := stop.lost_rank(error)) is not None:
+            raise instead from error
+        raise
     dist.destroy_process_group()
 
 
@@ -48,9 +56,12 @@ def size() -> int:
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Until every rank is here. Signals are heard meanwhile, because it may be long."""
     if size() > 1:
-        dist.barrier()
+        work = dist.all_reduce(torch.zeros(1), async_op=True)
+        while not work.is_completed():
+            time.sleep(WAIT_SECONDS)
+        work.wait()
 
 
 def summed(numbers: Tensor) -> Tensor:

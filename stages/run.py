@@ -9,7 +9,7 @@ Entering decides what `out` is: empty or absent (a fresh run), the same run (res
 that names the keys that differ), or something mmgen did not write (an error). Identity is what determines the result: stage,
 seed, limit, resolved recipe and the fingerprints of the inputs. `--max-steps` and `--max-minutes` only say where to stop.
 
-SIGTERM and the first Ctrl-C set `run.stopping`; a loop polls it, saves its state and calls `run.raise_stop()`.
+SIGTERM, SIGHUP and Ctrl-C end what is going on with an exception, see `stages/stop.py`; how the run ended is written on the way out.
 """
 
 import contextlib
@@ -22,18 +22,17 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn, Self
+from types import TracebackType
+from typing import Any, Literal, Self
 
+from stages import stop
 from stages.data.stream import SPOOL
 from stages.documents import Document, parse_object, parse_toml, read_object
 from stages.errors import DataError, MmgenError, Preempted, UsageError
@@ -48,7 +47,10 @@ RUN_FILES = r"(run|status)\.json|(metrics|bad_samples|bad_batches)\.jsonl"
 CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer|tokenizer_config)\.json|recipe\.toml|state|tokenizers"
 RESULTS = {"eval": r"results\.json|samples|controls", "sample": "files"}  # stage → what else it writes in the open
 SHARD_FILES = r".+-\d{6,}\.tar"
+STATUS_SECONDS, STATUS_SHARE = 1.0, 0.02  # status.json is renewed as often as this, and as costs no more of the time
 UNFINISHED_FILES = r"\..+\.\d+\.tmp"  # what a kill leaves of a file being written, see stages/files.py
+FAILURE = ".failure.{rank}.tmp"  # how another rank than the first failed, in the words of status.json; such names go with the next launch
+SAME_ON_RANKS = ("parallel", "device", "dtype", "max_steps", "on_bad_sample", "max_bad_fraction")  # beside what makes a run's identity
 PACKAGES = ["mmgen-cli", "torch", "torchvision", "numpy", "pillow", "safetensors", "tokenizers", "huggingface_hub"]
 
 
@@ -87,13 +89,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.rank = int(os.environ.get("RANK", "0"))
         self.resuming = False
         self.complete = False
-        self.stop_signal: int | None = None
         self._status: dict[str, Any] = {"state": "running", "exit_code": None, "stage": stage, "step": 0, "of": None, "message": ""}
         self._record: dict[str, Any] = {}
-        self._last_write = 0.0
+        self._next_write = 0.0
         self._finished = False
         self._lock: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._listening = contextlib.ExitStack()
         self._progress = Progress(stage, quiet=options.quiet or self.rank != 0)
 
     # entering and leaving
@@ -101,6 +102,23 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def __enter__(self) -> Self:
         if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and _group() is None:
             raise UsageError(f"{self.stage} is the work of one process, and {count} ranks were started", hint="run it without torchrun")
+        self._listening.enter_context(stop.listening(self._announce))
+        try:
+            self._compare_ranks()
+            with stop.deferred(then_stop=False):
+                self._begin()
+        except BaseException:
+            self._release()
+            raise
+        try:
+            stop.poll()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """The verdict of the first rank on `out`, on all of them."""
         verdict: dict[str, Any] = {}
         if self.rank == 0:
             try:
@@ -115,51 +133,41 @@ class Run(contextlib.AbstractContextManager["Run"]):
         verdict = _shared_by_ranks(verdict)
         self.resuming, self.complete = verdict["resuming"], verdict["complete"]
         if "error" in verdict:
-            self._release()
             raise verdict["error"]
-        if not self.complete:
-            self._catch_signals()
-            if self.resuming:
-                self.say(f"continuing the {self.stage} run in {self.out}")
-        return self
+        if self.resuming:
+            self.say(f"continuing the {self.stage} run in {self.out}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        instead = stop.lost_rank(error) if error is not None else None
+        ended = instead or error
         try:
-            if self.complete and error is None:
-                self.say(f"{self.out} is already complete; nothing to do")
-            elif error is None and not self._finished:
-                self.finish()
-            elif error is not None and not self.complete:
-                with contextlib.suppress(OSError):  # on a full disk this cannot be written either, and is not what to tell
-                    self._end(*_ending(error))
+            with stop.deferred(then_stop=ended is None):
+                stopped_late = self._finished and isinstance(ended, Preempted | KeyboardInterrupt)
+                if self.complete and ended is None:
+                    self.say(f"{self.out} is already complete; nothing to do")
+                elif ended is None and not self._finished:
+                    self.finish()
+                elif ended is not None and not self.complete and not stopped_late:
+                    with contextlib.suppress(OSError):  # on a full disk this cannot be written either, and is not what to tell
+                        self._end(*_ending(ended))
         finally:
             self._progress.close()
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-            self._handlers = {}
             self._release()
+        if instead is not None:
+            raise instead from error
 
     # while running
 
-    @property
-    def stopping(self) -> bool:
-        """Whether somebody asked the run to end: save the state at the next whole step, then call `raise_stop`."""
-        return self.stop_signal is not None
-
-    def raise_stop(self) -> NoReturn:
-        """Ends the run as it was asked to: Preempted (exit 75) after SIGTERM, KeyboardInterrupt (exit 130) after Ctrl-C."""
-        if self.stop_signal == signal.SIGINT:
-            self.say(f"{self.stage}: the state is saved, the same command continues")
-            raise KeyboardInterrupt
-        raise Preempted(f"{self.stage}: stopped by SIGTERM, the state is saved", hint="run the same command again to continue")
-
     def status(self, *, step: int | None = None, of: int | None = None, message: str | None = None) -> None:
-        """Says where the run stands, on stderr and (at most once a second) in status.json."""
+        """Says where the run stands, on stderr and (at most once a second) in status.json. A stop that was asked for happens here, if not
+        before."""
+        if not stop.deferring():
+            stop.poll()
         for name, value in (("step", step), ("of", of), ("message", message)):
             if value is not None:
                 self._status[name] = value
         self._progress.update(self._status["step"], self._status["of"], self._status["message"])
-        if time.monotonic() - self._last_write >= 1.0:
+        if time.monotonic() >= self._next_write:
             self._write_status()
 
     def say(self, message: str) -> None:
@@ -191,7 +199,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def finish(self, state: Literal["done", "stopped"] = "done", message: str = "") -> None:
         """Ends the run well: `done`, or `stopped` early by --max-steps or --max-minutes. Leaving the `with` does it for `done`."""
-        self._end(state, 0, message)
+        with stop.deferred(then_stop=False):
+            self._end(state, 0, message)
         self._progress.close()
         self.say(f"{self.stage}: {state}" + (f", {message}" if message else ""))
 
@@ -268,7 +277,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._finished = True
         self._status |= {"state": state, "exit_code": exit_code, "message": message}
         if self.rank != 0:
+            if state == "failed":  # the first rank may know nothing of it
+                write_atomic(self.meta / FAILURE.format(rank=self.rank), json.dumps(self._status))
             return
+        if state in ("preempted", "stopped"):  # because another rank failed?
+            self._status |= next((told for path in self.meta.glob(FAILURE.format(rank="*")) if (told := _read_own(path, Status))), {})
+            state = self._status["state"]
         self._record["finished"] = _now()
         self._record["launches"][-1] |= {"finished": self._record["finished"], "state": state}
         readme = self.out / "README.md"
@@ -280,26 +294,36 @@ class Run(contextlib.AbstractContextManager["Run"]):
         write_atomic(self.meta / "run.json", json.dumps(self._record, indent=2) + "\n")
 
     def _write_status(self) -> None:
-        self._last_write = time.monotonic()
+        began = time.monotonic()
         if self.rank == 0:
             write_atomic(self.meta / "status.json", json.dumps(self._status) + "\n")
+        self._next_write = (ended := time.monotonic()) + max(STATUS_SECONDS, (ended - began) / STATUS_SHARE)
 
-    # signals
+    # signals and ranks
 
-    def _catch_signals(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_signal = number
+    def _announce(self, text: str) -> None:
+        """Says something from within a signal handler."""
         if not self.options.quiet and self.rank == 0:
-            again = "; Ctrl-C again aborts at once" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):
-                os.write(2, f"\n{self.stage}: stopping as soon as the state is saved{again}\n".encode())
+                os.write(2, f"\n{self.stage}: {text}\n".encode())
+
+    def _compare_ranks(self) -> None:
+        """Ranks that were started with different things would wait for each other for ever, or mix what they make."""
+        if (group := _group()) is None:
+            return
+        flags = {f"--{name.replace('_', '-')}": str(getattr(self.options, name)) for name in SAME_ON_RANKS}
+        everyone: list[Any] = [None] * group.get_world_size()
+        group.all_gather_object(everyone, {"--out": str(self.out), **self.identity, **flags})
+        for rank, other in enumerate(everyone):
+            if differing := _differences(everyone[0], other, "rank 0", f"rank {rank}"):
+                raise UsageError(
+                    f"ranks 0 and {rank} were started with different things:",
+                    details=differing,
+                    hint="give every rank the same command, and the same data on every machine",
+                )
 
     def _release(self) -> None:
+        self._listening.close()
         if self._lock is not None:
             os.close(self._lock)
             _locks.discard(self._lock)
@@ -364,10 +388,10 @@ def _is_split(folder: Path) -> bool:
     return (folder / ".mmgen").is_dir() or all(re.fullmatch(SHARD_FILES, path.name) for path in folder.iterdir())
 
 
-def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+def _differences(there: Mapping[str, str], here: Mapping[str, str], theirs: str = "there", ours: str = "here") -> list[str]:
     """One line per key whose value differs, at most ten."""
     keys = [key for key in [*here, *(key for key in there if key not in here)] if there.get(key) != here.get(key)]
-    lines = [f"{key}: there {there.get(key, '(absent)')}, here {here.get(key, '(absent)')}" for key in keys[:10]]
+    lines = [f"{key}: {theirs} {there.get(key, '(absent)')}, {ours} {here.get(key, '(absent)')}" for key in keys[:10]]
     return lines + ([f"and {len(keys) - 10} more"] if len(keys) > 10 else [])
 
 
@@ -388,7 +412,7 @@ def _ending(error: BaseException) -> tuple[State, int, str]:
     if isinstance(error, MmgenError):
         return "failed", error.exit_code, error.message
     if isinstance(error, KeyboardInterrupt):
-        return "stopped", 130, "interrupted"
+        return "stopped", 130, str(error) or "interrupted"
     return "failed", 1, f"{type(error).__name__}: {error}"
 
 

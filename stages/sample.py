@@ -138,8 +138,6 @@ def sample(
                     if save_files:
                         save_pictures(entry, run.out / "files")
                 run.status(step=part.stop, of=count)
-                if run.stopping:
-                    run.raise_stop()
         if isinstance(source, Shards):
             source.note_left_out(ranks.gathered(source.left_out))
             if source.bad and run.rank == 0:

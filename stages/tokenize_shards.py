@@ -199,8 +199,6 @@ def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split:
         for part in writer.parts(size, writer.samples_per_shard):
             with closing(ahead(read_groups(data, plan, part))) as groups:
                 for group in groups:
-                    if run.stopping:
-                        run.raise_stop()
                     for sample in _encoded(group, plan):
                         writer.write(sample)
                     run.status(step=group.stop, of=size, message=split)

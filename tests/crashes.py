@@ -6,9 +6,14 @@ die at; `durable_steps` counts them, and `dies_at` kills the process at one. A f
 
 import os
 import signal
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from mmgen_cli.door import Invocation, exit_code_of
+from stages import stop
 
 STEPS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 OK, FAILED = 0, 77
@@ -48,6 +53,38 @@ def dies_at(work: Callable[[], object], step: int, *, after: bool = False) -> No
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (-signal.SIGKILL, OK), f"the work failed by itself ({code})"
+
+
+def stopped_at(work: Callable[[], object], step: int, number: int) -> tuple[int, str]:
+    """Do the work as the command line does, in a process group that gets a signal just before its `step`-th step on the disk.
+
+    Exit code, and what it said on stderr.
+    """
+    with tempfile.TemporaryFile("w+") as told:
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.dup2(told.fileno(), 2)
+            sys.stderr = told
+            counts = [0]
+
+            def send(passed: bool) -> None:
+                if not passed:
+                    counts[0] += 1  # before the signal, which raises here
+                    if counts[0] == step + 1:
+                        os.killpg(0, number)
+
+            def run() -> None:
+                work()
+
+            with stop.listening():
+                _watch(send)
+                code = exit_code_of(run, Invocation(()))
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        told.seek(0)
+        return os.waitstatus_to_exitcode(status), told.read()
 
 
 def completes(work: Callable[[], object]) -> None:

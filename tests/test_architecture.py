@@ -12,14 +12,16 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("mmgen_cli", "stages") for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted((ROOT / "stages" / "recipes").rglob("*.toml"))
 FOLDERS = ("training", "metrics", "data", "sequence", "parts", "report", "drawing", "tools")
-BASICS = {
+BASICS = {  # what everybody may import
     "stages.errors",
     "stages.escape",
     "stages.options",
     "stages.files",
     "stages.ranks",
     "stages.documents",
-}  # what everybody may import
+    "stages.stop",
+    "stages.ahead",
+}
 
 
 def parsed(path: Path) -> ast.Module:

@@ -1,16 +1,18 @@
 """kill -9 at any step of any stage, then the same command again: the result is byte for byte that of a run nobody killed."""
 
+import json
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crashes import completes, contents, dies_at, durable_steps
+from crashes import completes, contents, dies_at, durable_steps, stopped_at
 from worlds import CAPTIONS, make_world, mixed_recipe, sample_of
 
 from stages.align import align
@@ -25,6 +27,7 @@ from stages.train_unified import train_unified
 from stages.training import loop
 
 QUIET = RunOptions(quiet=True, dtype="fp32", device="cpu", seed=5)
+ENDS = {signal.SIGTERM: (75, "preempted"), signal.SIGINT: (130, "stopped"), signal.SIGHUP: (75, "preempted")}
 STAGES = ["import", "text tokenizer", "autoencoder", "tokenize", "align", "train", "sample", "eval"]
 
 
@@ -61,6 +64,7 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laid]:
             "autoencoder": lambda out: pretrain_tokenizer(pixels, str(folder / "data"), out, QUIET),
             "tokenize": lambda out: tokenize_shards(str(folder / "data"), [folder / "pixels"], out, QUIET),
             "align": lambda out: align(towers, str(folder / "data"), out, QUIET, tokenizers=[folder / "words"]),
+            "train, 2 workers": lambda out: train_unified(short, str(world.shards), out, replace(QUIET, workers=2)),
             "train": lambda out: train_unified(short, str(world.shards), out, QUIET),
             "sample": lambda out: sample(folder / "model", str(many.shards), out, QUIET),
             "eval": lambda out: evaluate(str(folder / "model"), str(many.shards), out, RunOptions(quiet=True, seed=5, limit=3)),
@@ -76,6 +80,7 @@ def _asked(number: int) -> dict[str, str]:
 def kill_everywhere(laid: Laid, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: int) -> None:
     """Kill at `places` steps on the disk (drawn from all; the last kill comes in the run that follows the first), and compare."""
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", (-1.0, -1.0))  # a training state after every step: more places to die at
+    monkeypatch.setattr(loop, "MAX_SAVE_SHARE", 1.0)
     work = laid.stages[stage]
     straight = tmp_path / "straight" / "out"
     steps = durable_steps(partial(work, straight))
@@ -103,3 +108,41 @@ def test_a_killed_stage_run_again_gives_the_same_bytes(laid: Laid, stage: str, t
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_killed_at_any_step_run_again_gives_the_same_bytes(laid: Laid, stage: str, tmp_path: Path, monkeypatch: Any) -> None:
     kill_everywhere(laid, stage, tmp_path, monkeypatch, places=10_000)
+
+
+def signal_everywhere(laid: Laid, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+    """A signal to the whole group (data workers, too) at `places` steps on the disk; then the same command."""
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", (-1.0, -1.0))
+    monkeypatch.setattr(loop, "MAX_SAVE_SHARE", 1.0)
+    work = laid.stages[stage]
+    straight = tmp_path / "straight" / "out"
+    steps = durable_steps(partial(work, straight))
+    expected = contents(straight)
+    rng = random.Random(stage)
+    for step in sorted(rng.sample(range(steps), min(places, steps))):
+        number = rng.choice(list(ENDS))
+        out = tmp_path / f"signalled-{step}" / "out"
+        code, told = stopped_at(partial(work, out), step, number)
+        where = f"{number.name} at step {step} of {steps}: {told}"
+        assert code == ENDS[number][0], where
+        assert told.count("error: stopped by ") == len([line for line in told.splitlines() if not line.startswith("hint: ")]) == 1, where
+        statuses = [json.loads(path.read_text()) for path in (out / "status.json", out / ".mmgen" / "status.json") if path.exists()]
+        if statuses and statuses[0]["state"] != "done":  # all was done already, and then it is
+            assert (statuses[0]["exit_code"], statuses[0]["state"]) == ENDS[number], where
+            assert number.name in statuses[0]["message"]
+        completes(partial(work, out))
+        found = contents(out)
+        assert found.keys() == expected.keys(), where
+        assert [name for name in found if found[name] != expected[name]] == [], where
+        shutil.rmtree(out.parent)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "train, 2 workers"])
+def test_a_signalled_stage_says_so_and_goes_on_to_the_same_bytes(laid: Laid, stage: str, tmp_path: Path, monkeypatch: Any) -> None:
+    signal_everywhere(laid, stage, tmp_path, monkeypatch, places=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*STAGES, "train, 2 workers"])
+def test_a_stage_signalled_at_any_step_goes_on_to_the_same_bytes(laid: Laid, stage: str, tmp_path: Path, monkeypatch: Any) -> None:
+    signal_everywhere(laid, stage, tmp_path, monkeypatch, places=10_000)

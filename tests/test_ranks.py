@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -331,20 +332,55 @@ def test_any_ranks_and_workers_stopped_twice_anywhere_keep_the_order(done: Jobs,
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_state_of_all_ranks_and_the_same_command_goes_on(done: Jobs) -> None:
-    out, steps = done.folder / "preempted" / "out", 400
-    done.train("preempted straight", *PLAIN, f"phases.joint.steps={steps}", max_steps=40)
+@pytest.mark.parametrize(
+    ("number", "ending", "workers"),
+    [
+        (signal.SIGTERM, ("preempted", 75), 0),
+        (signal.SIGTERM, ("preempted", 75), 2),
+        (signal.SIGHUP, ("preempted", 75), 2),
+        (signal.SIGINT, ("stopped", 130), 2),
+    ],
+)
+def test_a_signal_saves_the_state_of_all_ranks_and_the_same_command_goes_on(
+    done: Jobs, number: signal.Signals, ending: tuple[str, int], workers: int
+) -> None:
+    name, steps = f"{number.name} {workers}", 400
+    out = done.folder / name / "out"
+    done.train(f"{name} straight", *PLAIN, f"phases.joint.steps={steps}", max_steps=40)
     done.run(2)
-    done.train("preempted", *PLAIN, f"phases.joint.steps={steps}")
+    done.train(name, *PLAIN, f"phases.joint.steps={steps}", workers=workers)
     launch = subprocess.Popen(done.command(2), env=done.environment(), stderr=subprocess.DEVNULL)
     while not (out / "metrics.jsonl").is_file():
         time.sleep(0.05)
-    launch.terminate()
+    launch.send_signal(number)
+    launch.wait(60)
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ending
+    assert number.name in status["message"]
+    assert 0 < status["step"] < steps
+    done.jobs = []
+    done.train(name, *PLAIN, f"phases.joint.steps={steps}", max_steps=max(40, status["step"] + 1))
+    done.run(2)
+    assert done.batches(name)[:40] == done.batches(f"{name} straight")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_and_the_same_command_goes_on(done: Jobs) -> None:
+    steps = 400
+    out = done.folder / "bereft" / "out"
+    done.train("bereft straight", *PLAIN, f"phases.joint.steps={steps}", max_steps=40)
+    done.run(2)
+    done.train("bereft", *PLAIN, f"phases.joint.steps={steps}", workers=1)
+    launch = subprocess.Popen(done.command(2), env=done.environment(), stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").is_file():
+        time.sleep(0.05)
+    ranks = [int(pid) for pid in Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()]
+    second = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
     launch.wait(60)
     status = json.loads((out / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    assert 0 < status["step"] < steps
     done.jobs = []
-    done.train("preempted", *PLAIN, f"phases.joint.steps={steps}", max_steps=max(40, status["step"] + 1))
+    done.train("bereft", *PLAIN, f"phases.joint.steps={steps}", max_steps=max(40, status["step"] + 1))
     done.run(2)
-    assert done.batches("preempted")[:40] == done.batches("preempted straight")
+    assert done.batches("bereft")[:40] == done.batches("bereft straight")

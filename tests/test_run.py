@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -386,17 +387,18 @@ def test_a_file_half_written_when_the_run_was_killed_is_cleared_away(tmp_path: P
 
 LOOP = """
 import sys, time
+from stages import stop
 from stages.options import RunOptions
 from stages.run import Run
 
-with Run(sys.argv[1], stage="align", options=RunOptions(), kind="checkpoint") as run:
+with stop.listening(), Run(sys.argv[1], stage="align", options=RunOptions(), kind="checkpoint") as run, stop.deferred():
     print("ready", flush=True)
     for step in range(10_000):
         time.sleep(0.005)
         run.status(step=step)
-        if run.stopping and sys.argv[2] == "polite":
+        if stop.asked() and sys.argv[2] == "polite":
             (run.out / "state.txt").write_text("saved")
-            run.raise_stop()
+            stop.now("the state is saved")
 """
 
 
@@ -485,9 +487,10 @@ from stages.options import RunOptions
 from stages.run import Run
 
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]), world_size=2)
-for seed in (0, 0, 1):
+rank = dist.get_rank()
+for seed, settings in ((0, {}), (0, {}), (1, {}), (rank, {}), (0, {"max_steps": 5 + rank})):
     try:
-        with Run(sys.argv[1], stage="align", options=RunOptions(seed=seed), kind="checkpoint") as run:
+        with Run(sys.argv[1], stage="align", options=RunOptions(seed=seed, **settings), kind="checkpoint") as run:
             print(run.resuming, run.complete)
             if not run.complete:
                 run.log(step=1)
@@ -510,10 +513,95 @@ def test_all_ranks_follow_the_verdict_of_rank_0(tmp_path: Path) -> None:
     ]
     answers = [rank.communicate(timeout=100) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], answers
-    assert [out.splitlines() for out, _ in answers] == [["False False", "False True", "seed: there 0, here 1"]] * 2
+    expected = ["False False", "False True", "seed: there 0, here 1", "seed: rank 0 0, rank 1 1", "--max-steps: rank 0 5, rank 1 6"]
+    assert [out.splitlines() for out, _ in answers] == [expected] * 2
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert "align: done" in answers[0][1]
     assert "align: done" not in answers[1][1]
+
+
+LOST = """
+import os, signal, sys, time
+from mmgen_cli.door import Invocation, exit_code_of
+from stages import ranks, stop
+from stages.errors import DataError
+from stages.options import RunOptions
+from stages.run import Run
+
+@ranks.joined(patience=ranks.FOREVER)
+def work():
+    with Run(sys.argv[1], stage="align", options=RunOptions(), kind="checkpoint") as run:
+        if run.rank == 1:
+            match sys.argv[2]:
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "bad data":
+                    raise DataError("a.tar: cut")
+                case "waits":
+                    time.sleep(60)
+        if sys.argv[2] == "bad data":  # as torchrun does when a rank ends
+            while not (run.meta / ".failure.1.tmp").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+        print("waiting", flush=True)
+        ranks.wait()
+
+with stop.listening():
+    os._exit(exit_code_of(work, Invocation(())))
+"""
+
+
+def two_ranks(out: Path, case: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", LOST, str(out), case]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parent.parent,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "codes", "state", "message"),
+    [
+        ("killed", [75, -signal.SIGKILL], "preempted", "another rank ended without a word"),
+        ("bad data", [75, 3], "failed", "a.tar: cut"),
+    ],
+)
+def test_a_rank_that_ends_is_told_apart_from_one_that_fails(tmp_path: Path, case: str, codes: list[int], state: str, message: str) -> None:
+    ranks = two_ranks(tmp_path / "out", case)
+    answers = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == codes, answers
+    assert "Traceback" not in answers[0][1]
+    status = status_of(tmp_path / "out")
+    assert (status["state"], status["exit_code"]) == (state, {"preempted": 75, "failed": 3}[state])
+    assert message in status["message"]
+    with open_run(tmp_path / "out", inputs=[], recipe="") as run:  # the next launch starts with a clean slate
+        assert run.resuming
+    assert status_of(tmp_path / "out")["state"] == "done"
+    assert not list((tmp_path / "out").glob(".failure*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_another_hears_signals(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path / "out", "waits")
+    assert ranks[0].stdout is not None
+    assert ranks[0].stdout.readline() == "waiting\n"
+    ranks[0].send_signal(signal.SIGTERM)
+    ranks[0].communicate(timeout=20)
+    ranks[1].kill()
+    ranks[1].communicate(timeout=20)
+    assert ranks[0].returncode == 75
+    assert (status_of(tmp_path / "out")["state"], status_of(tmp_path / "out")["message"]) == ("preempted", "stopped by SIGTERM")
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:

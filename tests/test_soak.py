@@ -1,17 +1,23 @@
-"""Minutes of kill -9 and SIGTERM at random moments, the same command again and again, and the bytes of a run nobody touched."""
+"""Minutes of SIGKILL, SIGTERM, SIGINT, SIGHUP and SIGSTOP at random moments, the same command again and again, and the bytes of a run nobody touched."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 LAUNCHES = 60  # more than any soak needs
+LONGEST = 60.0  # seconds from a signal to the end, on a machine that does other things
+ENDS = {signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
@@ -28,27 +34,66 @@ def mmgen(*arguments: object) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def soak(rng: random.Random, *arguments: object) -> dict[str, int]:
-    """Start the command until it is done, ending each launch at a random moment; how often it was killed, preempted, done."""
-    endings = {"killed": 0, "preempted": 0, "done": 0}
+def soak(rng: random.Random, out: Path, *arguments: object, most_workers: int = 0) -> Counter[str]:
+    """Start the command until it is done, each launch signalled at a random moment; how often each signal was sent, and each ending seen.
+
+    A signal goes to the process or to its group. SIGSTOP lasts a second, for one process of the group; then another signal comes.
+    """
+    seen: Counter[str] = Counter()
     for _ in range(LAUNCHES):
-        process = start(*arguments)
-        try:
-            _, errors = process.communicate(timeout=rng.uniform(3.0, 14.0))
-        except subprocess.TimeoutExpired:
-            hard = rng.random() < 0.7
-            os.killpg(process.pid, signal.SIGKILL if hard else signal.SIGTERM)
-            _, errors = process.communicate()
-            if hard:
-                endings["killed"] += 1
-                continue
-        if process.returncode == 75:
-            endings["preempted"] += 1
+        workers, before = rng.randint(0, most_workers), told(out)
+        process = start(*arguments, out, *(["--workers", workers] if workers else []))
+        sent = None
+        while process.poll() is None and sent != signal.SIGKILL:
+            try:
+                process.communicate(timeout=rng.uniform(3.0, 14.0) if sent is None else LONGEST)
+            except subprocess.TimeoutExpired:
+                assert sent is None, f"{sent.name} and {LONGEST} seconds later it still runs"
+                if rng.random() < 0.25:
+                    stopped = rng.choice(group_of(process.pid))
+                    os.kill(stopped, signal.SIGSTOP)
+                    time.sleep(1.0)
+                    with suppress(ProcessLookupError):
+                        os.kill(stopped, signal.SIGCONT)
+                    seen["SIGSTOP"] += 1
+                    continue
+                sent = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+                rng.choice([os.kill, os.killpg])(process.pid, sent)
+                seen[sent.name] += 1
+        _, errors = process.communicate()
+        deadline = time.monotonic() + 5
+        while group_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert group_of(process.pid) == [], "it left processes behind"
+        if sent == signal.SIGKILL:
             continue
-        assert process.returncode == 0, errors.decode()
-        endings["done"] += 1
-        return endings
-    raise AssertionError(f"not done after {LAUNCHES} launches: {endings}")
+        assert b"Traceback" not in errors, errors.decode()
+        if process.returncode == 0:
+            seen["done"] += 1
+            return seen
+        assert sent is not None, errors.decode()
+        assert process.returncode == ENDS[sent], errors.decode()
+        if (status := told(out)) == before or status["state"] == "done":
+            continue  # it had not begun, or had ended
+        assert (status["exit_code"], sent.name in status["message"]) == (ENDS[sent], True)
+    raise AssertionError(f"not done after {LAUNCHES} launches: {seen}")
+
+
+def told(out: Path) -> dict[str, Any]:
+    """What status.json says, and when it was written."""
+    path = next((path for path in (out / "status.json", out / ".mmgen" / "status.json") if path.exists()), None)
+    return {**json.loads(path.read_text()), "when": path.stat().st_mtime_ns} if path else {}
+
+
+def group_of(leader: int) -> list[int]:
+    """The living processes of a group, from /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -68,7 +113,7 @@ def test_killed_at_random_for_a_minute_and_more(tmp_path: Path, seed: int) -> No
     mmgen("pretrain-tokenizer", data, "--recipe", "text-bpe", "--size", "tiny", "--out", words)
     tokens = ["tokenize", data, "--tokenizer", pixels, "--tokenizer", words, "--out"]
     mmgen(*tokens, tmp_path / "straight" / "tokens")
-    soak(rng, *tokens, tmp_path / "soaked" / "tokens")
+    seen = soak(rng, tmp_path / "soaked" / "tokens", *tokens)
     assert results(tmp_path / "soaked" / "tokens") == results(tmp_path / "straight" / "tokens")
     train = [
         "train-unified",
@@ -82,7 +127,8 @@ def test_killed_at_random_for_a_minute_and_more(tmp_path: Path, seed: int) -> No
         "--out",
     ]
     mmgen(*train, tmp_path / "straight" / "model")
-    endings = soak(rng, *train, tmp_path / "soaked" / "model")
-    assert endings["killed"] + endings["preempted"] >= 2
+    seen += soak(rng, tmp_path / "soaked" / "model", *train, most_workers=2)
+    print(dict(seen))
+    assert seen.total() - seen["done"] >= 2
     assert results(tmp_path / "soaked" / "model") == results(tmp_path / "straight" / "model")
     assert time.monotonic() - began > 60

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,17 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     shards: Path, checkpoints: dict[str, Path], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, told = tmp_path / "out", list(checkpoints.values())
-    polls = iter([False, False, True])  # two tars are whole, the third is not begun
-    monkeypatch.setattr(Run, "stopping", property(lambda run: next(polls, False)))
+    written = Run.status
+
+    def status(run: Run, **about: Any) -> None:
+        written(run, **about)
+        if len(list(out.rglob("*.tar"))) == 2:  # the third is begun
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "status", status)
     with pytest.raises(Preempted):
         tokenize_shards(str(shards), told, out, QUIET)
+    monkeypatch.setattr(Run, "status", written)
     assert len(list(out.rglob("*.tar"))) == 2
     assert json.loads((out / ".mmgen" / "status.json").read_text())["state"] == "preempted"
     tokenize_shards(str(shards), told, out, QUIET)

@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from stages import ranks
+from stages import ranks, stop
 from stages.errors import GuardError, UsageError
 from stages.options import RunOptions
 from stages.recipe import Phase
@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 ItemIn = TypeVar("ItemIn", covariant=True)
 
 SAVE_EVERY_SECONDS = (5.0, 300.0)  # at least, at most; in between as often as costs SAVE_SHARE of the time
-SAVE_SHARE = 0.01
+SAVE_SHARE, MAX_SAVE_SHARE = 0.01, 0.1  # where even the longest pause costs more than the second, it is made longer
 LOG_EVERY_SECONDS = 2.0
 VALIDATIONS = 8  # a run looks at its validation data this often, evenly spaced
 BAD_STEPS_IN_A_ROW = 3
@@ -138,6 +138,7 @@ def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Le
     return ledger, folder
 
 
+@stop.deferred_throughout
 def fit(
     step: Callable[[Any, Generator], StepResult],
     trainee: Trainee[Any],
@@ -157,7 +158,8 @@ def fit(
 
     step: batch, generator of this step → StepResult; all its randomness comes from that generator, which depends on (seed,
     phase, step) alone. `ledger` carries the counts and is updated in place. Raises GuardError after three steps in a row whose
-    loss or gradient is not finite (no optimizer ever moves on such a step), and what `run.raise_stop` raises on a signal.
+    loss or gradient is not finite (no optimizer ever moves on such a step). A stop (`stages.stop`) waits for the end of the step, or for
+    its batch at most, and for the state to be saved.
     """
     started = time.monotonic() if started is None else started
     engine = trainee.engine or Engine(trainee.modules)
@@ -174,23 +176,31 @@ def fit(
     spacing = max(1, phase.steps // VALIDATIONS)
     meter = _Meter(run)
     last_save, pause = time.monotonic(), SAVE_EVERY_SECONDS[0]
-    seconds_before, bad_in_a_row = ledger.seconds, 0
+    seconds_before, bad_in_a_row, saved = ledger.seconds, 0, ledger.total_step
 
     def save() -> None:
-        nonlocal last_save, pause
+        nonlocal last_save, pause, saved
         started = time.monotonic()
         made_with = {"threads": torch.get_num_threads(), "dtype": str(dtype), "ranks": ranks.size()}
         facts = {**vars(ledger), **made_with, "phase_name": phase.name}
         save_state(run.out, trainee.modules, optimizers, ema, facts)
-        last_save = time.monotonic()
-        pause = min(max(SAVE_EVERY_SECONDS[0], (last_save - started) / SAVE_SHARE), SAVE_EVERY_SECONDS[1])
+        last_save, saved = time.monotonic(), ledger.total_step
+        least, most = SAVE_EVERY_SECONDS
+        cost = last_save - started
+        pause = max(least, min(cost / SAVE_SHARE, most), cost / MAX_SAVE_SHARE - cost)
 
     while ledger.step < phase.steps:
         if options.max_steps is not None and ledger.total_step >= options.max_steps:
             return  # an earlier launch or an earlier phase came this far
         own = [ranks.rank()] if ranks.rank() else []  # every rank draws noise of its own, the first what it draws alone
         generator = torch.Generator().manual_seed(stream_seed(options.seed, phase.name, "noise", ledger.step, *own))
-        batch = batches.next_batch()
+        try:
+            batch = batches.next_batch()
+        except stop.Asked:
+            if ledger.total_step > saved:
+                run.status(step=ledger.total_step)
+                save()
+            stop.now("the state is saved" if saved else "")
         rate = learning_rate(phase, ledger.step)
         result = engine.step(partial(step, batch, generator), trainee.learning)
         norm = _update(result, optimizers, trainee.learning, engine, rate, phase.grad_clip)
@@ -213,7 +223,8 @@ def fit(
         numbers = numbers_of(result)
         agreed = ranks.summed(
             torch.tensor(
-                [result.samples, result.tokens, result.flops, out_of_time, save_due, run.stopping, *numbers.values()], dtype=torch.float64
+                [result.samples, result.tokens, result.flops, out_of_time, save_due, stop.asked() is not None, *numbers.values()],
+                dtype=torch.float64,
             )
         ).tolist()
         samples, tokens = map(int, agreed[:2])
@@ -229,7 +240,7 @@ def fit(
         if last or save_due:
             save()
         if stopping:
-            run.raise_stop()
+            stop.now("the state is saved")
         yield Progress(ledger.step, phase.steps, due, last)
         if out_of_time or out_of_steps:
             return

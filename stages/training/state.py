@@ -72,11 +72,16 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
             tensors |= {f"optimizer.{name}.{number}.{kind}": torch.as_tensor(value) for kind, value in values.items()}
     if ema is not None:
         tensors |= {f"ema.{name}": value for name, value in ema.average.items()}
-    with _quietly(), _own_error():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
+    try:
+        with _quietly(), _own_error():
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=ranks.size() == 1)
+        if ranks.rank() == 0:
+            write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
+            replace_folder(partial, final)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk; the states before it stay
+        raise
     if ranks.rank() == 0:
-        write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
-        replace_folder(partial, final)
         for old in sorted(path for path in (out / "state").glob("step-*") if path.is_dir() and path != final)[: -(KEPT - 1) or None]:
             shutil.rmtree(old)
     ranks.wait()

@@ -3,16 +3,18 @@ so a resume goes on at any position without replaying what came before."""
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from stages import ranks
+from stages import ranks, stop
+from stages.ahead import Workers
 from stages.data.sample import Sample
 from stages.data.shards import Shards
 from stages.errors import DataError, GuardError, UsageError
@@ -60,7 +62,7 @@ class Stream:
             raise not_shared(phase, self.ranks)
         self.too_long = 0
         self.workers = workers
-        self._loader: Iterator[tuple[Sequence | None, Any]] | None = None
+        self._workers: Workers[tuple[Sequence | None, Any]] | None = None
         self._position = 0
         self._ahead: deque[Planned] = deque()
         self._memory: dict[int, Sample] = {}
@@ -74,12 +76,12 @@ class Stream:
     def position(self, position: int) -> None:
         self._position = position
         self._ahead.clear()
-        self._loader = None
+        self._workers = None
 
     def next_batch(self) -> Batch:
         """The next samples, planned and packed: `batch_size` samples, or as many as fit `batch_tokens`; of several ranks, this one's.
 
-        Raises GuardError where no token of a batch is supervised.
+        Raises GuardError where no token of a batch is supervised, and `stop.Asked`, on all ranks, where a stop was asked for meanwhile.
         """
         first = self._position
         own: list[Sequence] = []
@@ -115,37 +117,43 @@ class Stream:
         return batch
 
     def _look_ahead(self) -> None:
-        """Plan the next places, each rank its own, and learn from the others how long theirs are."""
+        """Plan the next places, each rank its own, and learn from the others how long theirs are, and whether one of them has to stop."""
         first = self._position + len(self._ahead)
         places = range(first, first + (1 if self.ranks == 1 else self.ranks * LOOK_AHEAD))
-        plans = {place: self._planned(place) for place in places if place % self.ranks == self.rank}
-        sizes = torch.zeros(len(places), 2, dtype=torch.int64)
+        plans: dict[int, Sequence | None] = {}
+        with suppress(stop.Asked):
+            for place in range(first + (self.rank - first) % self.ranks, places.stop, self.ranks):
+                stop.poll()
+                plans[place] = self._planned(place)
+        sizes = torch.zeros(len(places) + 1, 2, dtype=torch.int64)
         for place, sequence in plans.items():
             sizes[place - first] = torch.tensor([len(sequence), sequence.num_targets] if sequence is not None else [-1, 0])
+        sizes[-1, 0] = stop.asked() is not None
         if self.ranks > 1:
             ranks.summed(sizes)
-        for place, (length, targets) in zip(places, sizes.tolist(), strict=True):
+        *lengths, (stopping, _) = sizes.tolist()
+        if stopping:
+            raise stop.Asked
+        for place, (length, targets) in zip(places, lengths, strict=True):
             self._ahead.append(Planned(length, targets, plans.get(place)))
 
     def _planned(self, place: int) -> Sequence | None:
         """What `_plan` gives for the next of this rank's places, from a worker where there are workers."""
         if not self.workers:
             return self._plan(place)
-        if self._loader is None:
-            self._loader = iter(
-                DataLoader(
-                    _Places(self),
-                    batch_size=None,
-                    collate_fn=lambda pair: pair,
-                    sampler=count(place, self.ranks),
-                    num_workers=self.workers,
-                    prefetch_factor=PREFETCH,
-                    multiprocessing_context="fork",
-                )
-            )
-        sequence, left_out = next(self._loader)
+        if self._workers is None:
+            places = count(place, self.ranks)
+            self._workers = Workers(self._for_parent, places, self.workers, PREFETCH, begin=partial(torch.set_num_threads, 1))
+        sequence, left_out = next(self._workers)
         self.shards.note_left_out([left_out])
         return None if sequence is None else with_payloads(sequence, torch.from_numpy)
+
+    def _for_parent(self, place: int) -> tuple[Sequence | None, Any]:
+        """What a worker sends: the sequence of a place, and what was left out so far. Payloads travel as arrays, because tensors
+        between processes cost a file descriptor each."""
+        sequence = self._plan(place)
+        made = None if sequence is None else with_payloads(sequence, Tensor.numpy)
+        return made, self.shards.left_out
 
     def _onlooker(self, place: int) -> Sequence:
         """For a rank that has no sample of a batch: the first of all, with nothing to learn from."""
@@ -195,21 +203,6 @@ def not_shared(phase: Phase, count: int) -> UsageError:
 def with_payloads(sequence: Sequence, change: Callable[[Any], Any]) -> Sequence:
     """The same sequence, what its segments hold in another form."""
     return replace(sequence, segments=tuple(replace(segment, payload=change(segment.payload)) for segment in sequence.segments))
-
-
-class _Places(Dataset[tuple[Sequence | None, Any]]):
-    """The stream as a data loader's workers see it: a place in, its sequence and what was left out, out.
-
-    Payloads travel as arrays, because tensors between processes cost a file descriptor each.
-    """
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-
-    def __getitem__(self, place: int) -> tuple[Sequence | None, Any]:
-        sequence = self.stream._plan(place)
-        made = None if sequence is None else with_payloads(sequence, Tensor.numpy)
-        return made, self.stream.shards.left_out
 
 
 def reweighted(sequence: Sequence, weight: float) -> Sequence:

@@ -187,4 +187,4 @@ def test_sigterm_before_a_run_has_begun_is_preemption_as_well() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert answer.returncode == 75
-    assert answer.stderr.startswith("error: stopped by SIGTERM before there was anything to save\n")
+    assert answer.stderr.startswith("error: stopped by SIGTERM\n")

@@ -1,6 +1,10 @@
 """The training loop on a straight line: what a step does, what a bad step does not do, where a run stops and goes on."""
 
+import errno
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +15,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from stages import stop
 from stages.errors import GuardError, Preempted, UsageError
 from stages.options import RunOptions
 from stages.recipe import Phase
@@ -300,9 +305,6 @@ def test_time_runs_out_at_a_whole_step(tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_the_state_and_ends_with_75(tmp_path: Path) -> None:
-    import os
-    import signal
-
     phase = phase_of(10)
     expected = Training(tmp_path / "straight", phase)
     expected.launch()
@@ -319,6 +321,110 @@ def test_a_signal_saves_the_state_and_ends_with_75(tmp_path: Path) -> None:
     again = Training(tmp_path / "run", phase)
     again.launch()
     assert again.progress[0].step > 3
+    assert equal(weights(again.model), weights(expected.model))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_stop_while_a_batch_is_made_saves_the_steps_before_it(tmp_path: Path, first: int) -> None:
+    phase = phase_of(6)
+    expected = Training(tmp_path / "straight", phase)
+    expected.launch()
+    stopped = Training(tmp_path / "run", phase)
+    make = stopped.batches.next_batch
+
+    def next_batch() -> int:
+        if stopped.batches.position == first:
+            signal.raise_signal(signal.SIGHUP)
+            stop.poll()
+        return make()
+
+    stopped.batches.next_batch = next_batch  # type: ignore[method-assign]
+    with pytest.raises(Preempted, match="SIGHUP"):
+        stopped.launch()
+    state = newest_state(tmp_path / "run")
+    assert (int(state.name.removeprefix("step-")) if state else 0) == first
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == first
+    again = Training(tmp_path / "run", phase)
+    again.launch()
+    assert equal(weights(again.model), weights(expected.model))
+
+
+@pytest.mark.parametrize("jump", [-1e7, 1e7])
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, jump: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when states are saved, nor when status.json is renewed, nor how long --max-minutes is."""
+    clock, seen = time.time(), []
+    monkeypatch.setattr(time, "time", lambda: clock)
+    training = Training(tmp_path, phase_of(20), max_minutes=60.0)
+
+    def jumping(run: Run, progress: Progress) -> None:
+        nonlocal clock
+        clock += jump
+        seen.append(newest_state(tmp_path))
+        run.status(step=progress.step)
+
+    assert training.launch(jumping).step == 20
+    assert [state for state in seen if state] == seen[-1:]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+def test_a_slow_disk_is_given_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that takes ten minutes is not asked for every five; and what is promised still holds."""
+    clock, saves, renewals = 0.0, [], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    original = os.fsync
+
+    def slow(descriptor: int) -> None:
+        nonlocal clock
+        clock += 60.0
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    training = Training(tmp_path, phase_of(400))
+    steps = 0.0
+
+    def on_progress(run: Run, progress: Progress) -> None:
+        nonlocal clock, steps
+        clock, steps = clock + 300.0, steps + 300.0
+        saves.append(newest_state(tmp_path))
+        renewals.append((tmp_path / "status.json").stat().st_ino)
+
+    training.launch(on_progress)
+    assert 3 < len(set(saves)) < 40
+    assert 3 < len(set(renewals)) < 60
+    assert steps > 0.75 * clock
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_in_a_state_leaves_the_state_before_it_and_the_run_goes_on(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = phase_of(6)
+    expected = Training(tmp_path / "straight", phase)
+    expected.launch()
+    out = tmp_path / "run"
+    Training(out, phase, max_steps=2).launch()
+    flushed = 0
+    original = os.fsync
+
+    def failing(descriptor: int) -> None:
+        nonlocal flushed
+        of_state = ".partial" in os.readlink(f"/proc/self/fd/{descriptor}")
+        flushed += of_state
+        if of_state and flushed == 2:
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        Training(out, phase).launch()
+    monkeypatch.setattr(os, "fsync", original)
+    assert caught.value.errno == number
+    assert [path.name for path in (out / "state").iterdir()] == ["step-00000002"]
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    again = Training(out, phase)
+    again.launch()
+    assert again.progress[0].step == 3
     assert equal(weights(again.model), weights(expected.model))
 
 

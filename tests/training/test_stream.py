@@ -1,7 +1,10 @@
 """The order of samples: every one once an epoch, a function of (index, seed, epoch), continued anywhere without replay."""
 
 import io
+import os
+import signal
 import tarfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from worlds import World, make_world, mixed_recipe, planner_of, sample_of
 
+from stages import stop
 from stages.data.sample import Sample, encode_field
 from stages.data.shards import Shards, ShardWriter, open_shards
 from stages.errors import DataError, GuardError, UsageError
@@ -238,6 +242,16 @@ def test_workers_change_nothing_but_who_reads(shards: Shards, workers: int) -> N
     alone.position = helped.position = 5
     for _ in range(3):
         assert same(alone.next_batch(), helped.next_batch())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_never_fills_hears_a_stop(shards: Shards, workers: int) -> None:
+    stream = stream_of(shards, batch_size=10**12)
+    stream.workers = workers
+    with stop.listening(), stop.deferred(then_stop=False):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(stop.Asked):
+            stream.next_batch()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
