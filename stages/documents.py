@@ -7,6 +7,7 @@ object's repeated keys the last one counts, as for every JSON parser.
 """
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -35,12 +36,14 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-def read_bytes(path: Path, *, most: int = MAX_BYTES, error: type[MmgenError] = DataError) -> bytes:
-    """The bytes of a small file that a person named, or that `inside` has found. Raises `error` for one that is larger than `most`, that
-    is no regular file, that cannot be read, or that is only the pointer of Git LFS."""
+def read_bytes(path: Path, *, most: int = MAX_BYTES, error: type[MmgenError] = DataError, linked: bool = False) -> bytes:
+    """The bytes of a small file. Raises `error` for one that is larger than `most`, that is no regular file, that cannot be read, or that is
+    only the pointer of Git LFS; also for a link (see `stages.files.inside`), unless `linked` says that a person named the file."""
+    if not linked:
+        _refuse_link(path, error)
     try:
         with open_regular(path) as file:
-            data = file.read(most + 1)
+            data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # no more: a reader takes the memory it is asked for
     except DataError as problem:
         raise error(problem.message, hint=problem.hint) from None
     except OSError as problem:
@@ -87,8 +90,7 @@ def parse_object(
 
 def read_object(path: Path, kind: type[Document] = Document, *, error: type[MmgenError] = DataError, hint: str = "") -> dict[str, Any]:
     """The JSON object in a file of a data, run or checkpoint folder, its entries of the types that `kind` says. Raises `error`, which
-    names the file and what was found; also for a link (see `stages.files.inside`)."""
-    _refuse_link(path, error)
+    names the file and what was found."""
     return parse_object(read_bytes(path, error=error), path, kind, error=error, hint=hint)
 
 

@@ -302,7 +302,7 @@ def load_recipe(name_or_path: str | Path, *, size: str | None = None, sets: list
     sets: `address=value` strings, values in TOML. Raises RecipeError with the key, its line, and the nearest valid name.
     """
     path = _find(name_or_path)
-    data = read_bytes(path, most=MAX_TOML_BYTES, error=RecipeError)
+    data = read_bytes(path, most=MAX_TOML_BYTES, error=RecipeError, linked=True)
     tables, text = parse_toml(data, path, error=RecipeError), data.decode("utf-8-sig")
     name, family = tables.pop("name", path.stem), tables.pop("family", path.parent.name)
     resolved_size = tables.pop("size", None)

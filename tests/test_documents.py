@@ -140,8 +140,11 @@ def test_a_record_that_is_none_says_whose_folder_it_is(tmp_path: Path, text: str
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UsageError, match=r"run\.json: "), Run(tmp_path, stage="x", options=QUIET, kind="checkpoint"):
         pass
-    with pytest.raises(MmgenError, match=r"run\.json: "):
+    if text.startswith("{") and len(text) > 1:  # a page shows what can be shown
         report([tmp_path], tmp_path / "r.html")
+    else:
+        with pytest.raises(MmgenError, match=r"run\.json: "):
+            report([tmp_path], tmp_path / "r.html")
     assert (tmp_path / "run.json").read_text() == text
 
 
@@ -225,12 +228,9 @@ def test_a_meta_of_others_says_nothing(meta: Any, tmp_path: Path) -> None:
 def test_outputs_that_are_not_what_their_name_says_are_bad_data(fields: dict[str, Any], tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "samples") as writer:
         writer.write(Sample("a", fields))
-    for act in (
-        lambda: evaluate(str(tmp_path / "samples"), None, tmp_path / "scores", QUIET),
-        lambda: report([tmp_path / "samples"], tmp_path / "r.html"),
-    ):
-        with pytest.raises(DataError, match=r"samples.*a: "):
-            act()
+    with pytest.raises(DataError, match=r"samples.*a: "):
+        evaluate(str(tmp_path / "samples"), None, tmp_path / "scores", QUIET)
+    report([tmp_path / "samples"], tmp_path / "r.html")  # a page leaves them out
 
 
 def test_weights_in_memory_are_those_of_the_file(tmp_path: Path) -> None:

@@ -701,7 +701,11 @@ class Shards:
         """The tar, open; the least recently used are closed."""
         archive = self._archives.get(path)
         if archive is None:
-            archive = Archive(path)
+            try:
+                archive = Archive(path)
+            except DataError as error:
+                gone = DataError(f"{path}: gone since it was opened", hint="were these shards made anew meanwhile?")
+                raise (error if path.exists() else gone) from None
             self._note_stamp(path, archive.status)
             self._archives[path] = archive
             if len(self._archives) > _OPEN_ARCHIVES:

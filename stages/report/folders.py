@@ -268,8 +268,8 @@ def record_at(path: str, *, made_before: str | None) -> dict[str, Any]:
         for file in (folder / ".mmgen" / "run.json", folder / "run.json"):
             try:
                 record = record_of(read_json(file))
-            except OSError:  # no name of a file
-                return {}
+            except (OSError, DataError):  # no name of a file; or what lies there now, which is not part of this report
+                continue
             if record and str(record.get("finished") or "9") <= str(made_before or "9"):
                 return record
     return {}

@@ -82,7 +82,7 @@ class Toolbox:
 def open_tools(file: Path) -> Toolbox:
     """Read and check a tools.toml; no weights are loaded. Raises UsageError with file, key, and the nearest valid choice."""
     try:
-        data = read_bytes(file, most=MAX_TOML_BYTES, error=UsageError)
+        data = read_bytes(file, most=MAX_TOML_BYTES, error=UsageError, linked=True)
     except UsageError as error:
         raise UsageError(error.message, hint=error.hint or "--tools takes a file such as tools.toml") from None
     tables = parse_toml(data, file, error=UsageError)

@@ -60,6 +60,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file without their values, on the meta device: only the header is read. DataError if it is damaged."""
+    inside(path.parent, path.name)
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118

@@ -107,8 +107,8 @@ def test_the_home_folder_where_no_shell_replaces_it(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1),
         (OSError(errno.EMFILE, "Too many open files", "a.tar"), 1),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1),
-        (OSError(errno.EIO, "Input/output error"), 3),
-        (OSError(errno.ESTALE, "Stale file handle", "net/a.tar"), 3),
+        (OSError(errno.EIO, "Input/output error"), 1),
+        (OSError(errno.ESTALE, "Stale file handle", "net/a.tar"), 1),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "loop"), 2),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/x"), 2),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), 2),
@@ -128,7 +128,7 @@ def test_what_the_machine_refuses_is_said_with_the_path(
     if isinstance(error, OSError) and error.filename:
         assert answer.stderr.startswith(f"error: {error.filename}: ")
     if isinstance(error, MemoryError | RuntimeError):
-        assert answer.stderr.startswith("error: out of memory") and str(error)[:20] in answer.stderr
+        assert answer.stderr.startswith("error: not enough memory") and str(error)[:20] in answer.stderr
 
 
 def test_a_loop_of_links_and_a_path_too_long_are_mistakes_of_the_command(

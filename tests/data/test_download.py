@@ -10,6 +10,7 @@ import pytest
 
 from stages.data import download as module
 from stages.data.locate import download, locate
+from stages.data.tar_format import END_OF_ARCHIVE, member_bytes
 from stages.errors import DataError, MmgenError, UsageError
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -130,11 +131,14 @@ def test_an_address_that_is_none_is_a_mistake_of_the_command(address: str) -> No
 
 
 def test_a_chunked_answer_with_a_length_and_a_slow_good_one_arrive(server: str, tmp_path: Path) -> None:
-    ANSWERS["good-chunked"] = (UsageError, OK + b"Transfer-Encoding: chunked\r\nContent-Length: 99\r\n\r\n3\r\nxyz\r\n0\r\n\r\n")
-    ANSWERS["good"] = (UsageError, OK + b"Content-Length: 3\r\n\r\nxyz")
-    ANSWERS["good-open"] = (UsageError, OK + b"\r\nxyz")
+    tar = member_bytes("a.txt", b"xyz") + END_OF_ARCHIVE
+    length = b"%d" % len(tar)
+    chunks = b"%x\r\n" % len(tar) + tar + b"\r\n0\r\n\r\n"
+    ANSWERS["good-chunked"] = (UsageError, OK + b"Transfer-Encoding: chunked\r\nContent-Length: 99\r\n\r\n" + chunks)
+    ANSWERS["good"] = (UsageError, OK + b"Content-Length: " + length + b"\r\n\r\n" + tar)
+    ANSWERS["good-open"] = (UsageError, OK + b"\r\n" + tar)
     for name in ("good-chunked", "good", "good-open"):
-        assert download(f"{server}/{name}").read_bytes() == b"xyz"
+        assert download(f"{server}/{name}").read_bytes() == tar
 
 
 @pytest.mark.parametrize(

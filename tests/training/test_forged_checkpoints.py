@@ -125,7 +125,7 @@ def test_the_size_of_pictures_is_believed_within_bounds_only(model: Path, world:
     config = json.loads((model / "config.json").read_text())
     config["grids"]["codes"] = grid
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"grids\.codes: expected a list"):
+    with pytest.raises(DataError, match=r"grids\.codes"):
         sample(model, str(world.shards), tmp_path / "out", RunOptions(quiet=True), tasks=["draw"])
 
 
@@ -134,7 +134,7 @@ def test_the_size_a_tokenizer_was_trained_on_is_believed_within_bounds_only(worl
     folder = Path(shutil.copytree(world.tokenizers["autoencoders.vq"], tmp_path / "vq"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"picture_size": size}))
-    with pytest.raises(DataError, match="picture_size: expected a list of 2"):
+    with pytest.raises(DataError, match="picture_size"):
         describe_checkpoint(folder)
 
 
