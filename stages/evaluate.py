@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stages import ranks
 from stages.data.sample import Sample
-from stages.data.shards import Shards, ShardWriter, open_shards, split_folders
+from stages.data.shards import Shards, ShardWriter, open_shards, shard_names, split_folders
 from stages.errors import DataError, UsageError
 from stages.files import write_atomic
 from stages.hub import resolve
@@ -84,7 +84,9 @@ def evaluate(
     real = open_shards(reference, split="val") if reference is not None else None
     inputs += [describe_shards("reference", real)] if real is not None else []
     identity = {f"map {name}": field for name, field in field_map.items()}
-    with Run(out, stage="eval", options=options, kind="checkpoint", identity=identity, inputs=inputs) as run:
+    reads = [target, folder, shards, reference] + ([] if folder is not None else [control_of(target)])
+    writes = ["results.json", "samples", "controls"] if folder is not None else ["results.json"]
+    with Run(out, stage="eval", options=options, kind="checkpoint", identity=identity, inputs=inputs, reads=reads, writes=writes) as run:
         if run.complete:
             return out
         if folder is not None:
@@ -131,11 +133,16 @@ def open_samples(target: str, truth: str | None) -> Iterator[Part]:
     for split, spec in splits_of(target).items():
         samples = open_shards(spec)
         beside = open_shards(truths.get(split) or next(iter(truths.values()))) if truths else None
-        control = Path(target).parent / "controls" / "untrained" / split
+        control = control_of(target) / split
         untrained = open_shards(str(control)) if control.is_dir() else None
         if untrained is not None and {samples.key(i) for i in range(len(samples))} - {untrained.key(i) for i in range(len(untrained))}:
             untrained = None  # the control of other samples
         yield Part(split or split_name(samples), samples, beside, untrained)
+
+
+def control_of(target: str) -> Path:
+    """Where the untrained control of samples lies, if there is one."""
+    return Path(target).parent / "controls" / "untrained"
 
 
 def split_name(shards: Shards) -> str:
@@ -172,7 +179,7 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
     source = open_shards(shards)
     inputs = [checkpoint_input(str(folder), folder), describe_shards("prompts", source)]
     identity = {"untrained": untrained}
-    with Run(out, stage="reconstruct", options=options, kind="shards", identity=identity, inputs=inputs) as run:
+    with Run(out, stage="reconstruct", options=options, kind="shards", identity=identity, inputs=inputs, writes=shard_names([""])) as run:
         if run.complete:
             return
         sizes = {"sample.image.codes": tokenizer.codebook_size} if tokenizer.codebook_size is not None else {}

@@ -66,7 +66,7 @@ def read_folder(path: Path) -> Folder:
     else:
         hint = "report takes the folders that other stages wrote"
         raise UsageError(f"{path}: neither shards, nor a checkpoint, nor an evaluation", hint=hint)
-    meta = path / ".mmgen" if (path / ".mmgen").is_dir() else path
+    meta = path / ".mmgen" if (path / ".mmgen" / "run.json").exists() else path
     results = read_json(path / "results.json").get("results", [])
     record, status, metrics = read_json(meta / "run.json"), read_json(meta / "status.json"), read_lines(meta / "metrics.jsonl")
     return Folder(path, kind, record, status, metrics, tuple(results))

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.drawing.figure import draw_recipe
 from stages.errors import RecipeError
-from stages.files import write_atomic
+from stages.files import replace_own
 from stages.recipe import load_recipe
 from stages.report import gallery, numbers
 from stages.report.curves import curves
@@ -16,15 +16,17 @@ from stages.report.lineage import machine, provenance
 from stages.report.pictures import Pictures
 from stages.report.style import STYLE
 
+MARKER = '<meta name="generator" content="mmgen report">'  # by which a report is known that may be written again
+
 
 def report(paths: list[Path], out: Path) -> Path:
     """Write one self-contained HTML page about the run folders `paths` (shards, checkpoints, samples, evaluations) to `out`.
 
     Everything is read from the files stages leave behind; nothing is computed anew but the verdicts beside the pictures.
-    Raises UsageError for a path that is no run folder, DataError for a damaged one.
+    Raises UsageError for a path that is no run folder and where another file than a report has the name, DataError for a damaged one.
     """
     folders = read_folders(paths)
-    write_atomic(out, page(folders))
+    replace_own(out, page(folders), MARKER)
     return out
 
 
@@ -56,6 +58,7 @@ def page(folders: list[Folder]) -> str:
     head = [
         el("meta", {"charset": "utf-8"}),
         el("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        el("meta", {"name": "generator", "content": "mmgen report"}),
         el("title", {}, f"{title} — mmgen report"),
         el("style", {}, Markup(STYLE)),
     ]

@@ -7,7 +7,6 @@ anywhere), so that a run may go on with another number of ranks, or with its wei
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from stages import ranks
 from stages.errors import DataError
-from stages.files import replace_folder, write_atomic
+from stages.files import make_scratch, remove_tree, replace_folder, write_atomic
 from stages.training.ema import EMA
 
 KEPT = 2
@@ -41,8 +40,7 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
     final = out / "state" / f"step-{facts['total_step']:08d}"
     partial = final.with_suffix(".partial")
     if ranks.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_scratch(partial)
     ranks.wait()
     tensors = {f"model.{name}": value for name, value in modules.state_dict().items()}
     for name, optimizer in optimizers.items():
@@ -56,7 +54,7 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
         write_atomic(partial / "state.json", json.dumps({**facts, "ema_updates": ema.updates if ema else 0}, indent=2) + "\n")
         replace_folder(partial, final)
         for old in sorted(path for path in (out / "state").glob("step-*") if path.is_dir() and path != final)[: -(KEPT - 1) or None]:
-            shutil.rmtree(old)
+            remove_tree(old)
     ranks.wait()
     return final
 

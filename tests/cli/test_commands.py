@@ -44,6 +44,7 @@ def test_training_gets_recipe_shards_out_and_every_option(invoke: Invoke, stages
         on_bad_sample="fail",
         max_bad_fraction=0.2,
         quiet=True,
+        recipe="show-o",
         command=("mmgen", *typed.split()),
     )
     assert stages["train_unified"].keywords == {
