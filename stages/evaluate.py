@@ -12,6 +12,7 @@ Samples from elsewhere are renamed with field_map, and their truth is found in S
 the samples is used as their control; without it those results are null.
 """
 
+import glob
 import hashlib
 import json
 import tomllib
@@ -85,7 +86,10 @@ def evaluate(
     inputs += [describe_shards("reference", real)] if real is not None else []
     identity = {f"map {name}": field for name, field in field_map.items()}
     reads = [target, folder, shards, reference] + ([] if folder is not None else [control_of(target)])
-    writes = ["results.json", "samples", "controls"] if folder is not None else ["results.json"]
+    writes = ["results.json"]
+    if folder is not None:
+        places = [place for split in splits_of(str(shards)) for place in sample_places(Path(), split)]
+        writes += [(glob.escape(str(place)) + f"/{name}") for place in places for name in shard_names([""])]
     with Run(out, stage="eval", options=options, kind="checkpoint", identity=identity, inputs=inputs, reads=reads, writes=writes) as run:
         if run.complete:
             return out
@@ -151,12 +155,17 @@ def split_name(shards: Shards) -> str:
     return splits[0] if len(splits) == 1 else str(shards[0].fields.get("meta", {}).get("split", ""))
 
 
+def sample_places(out: Path, split: str) -> tuple[Path, Path]:
+    """Where the samples of a split go, and those of the untrained control."""
+    return out / "samples" / split, out / "controls" / "untrained" / split
+
+
 def make_samples(folder: Path, shards: str, out: Path, options: RunOptions, run: Run) -> Iterator[Part]:
     """Ask a checkpoint, and its untrained twin, for samples on every split of `shards`, into folders of `out`."""
     recipe = open_checkpoint(folder).recipe
     for split, spec in splits_of(shards).items():
         made = []
-        for place in (out / "samples" / split, out / "controls" / "untrained" / split):
+        for place in sample_places(out, split):
             untrained = "controls" in place.parts[len(out.parts) :]
             run.say(f"{'untrained control' if untrained else 'samples'}: {place}")
             if recipe.backbones:

@@ -282,9 +282,14 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def _check_names(self, written: Written) -> None:
         """Raises UsageError where something that is not of the run has a name that it will give, or is a tar among its tars."""
-        folders = {path.parent for path in written.doomed(keep=META) if path.suffix == ".tar"} if self.options.overwrite else set()
-        tars = (path for folder in sorted(folders) if META not in folder.parts for path in folder.glob("*.tar"))
-        for path in [*(found for pattern in self.writes for found in self.out.glob(pattern)), *tars]:
+        taken = [path for pattern in self.writes for path in self.out.glob(pattern)]
+        taken += [inner for path in taken if path.is_dir() for inner in files_below(path)]
+        if self.options.overwrite:
+            folders = {
+                path.parent for path in written.doomed() if path.suffix == ".tar" and META not in path.relative_to(written.root).parts
+            }
+            taken += [path for folder in sorted(folders) for path in folder.glob("*.tar")]
+        for path in taken:
             if not written.lists(path):
                 raise UsageError(f"{path} is not of this run, which is about to write there", hint="move it away, or name another --out")
 

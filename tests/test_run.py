@@ -364,7 +364,7 @@ def test_overwrite_refuses_when_a_strange_tar_would_join_the_data(tmp_path: Path
 
 
 def test_overwrite_clears_the_tars_of_a_run_that_was_killed(tmp_path: Path) -> None:
-    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):
+    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):  # noqa: PT012
         wrote(tmp_path / "train" / "data-000000.tar")
         raise Preempted("x")
     with open_run(tmp_path, kind="shards", overwrite=True) as run:
