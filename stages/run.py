@@ -276,9 +276,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def _recipe_file(self) -> str | None:
         """The recipe where it is a file and this run may delete one; a run that goes on may well be given its own."""
+        if not (self.options.overwrite and self.options.recipe):
+            return None
         from stages.recipe import recipe_names
 
-        return self.options.recipe if self.options.overwrite and self.options.recipe not in recipe_names() else None
+        return None if self.options.recipe in recipe_names() else self.options.recipe
 
     def _check_names(self, written: Written) -> None:
         """Raises UsageError where something that is not of the run has a name that it will give, or is a tar among its tars."""

@@ -86,15 +86,16 @@ class Written:
             if outer is not self:
                 outer.note([(self.root / META, "folder", None)] if made else [])
                 outer.note([(self.file, "rewritten", None), (temporary, "scratch", None)])
-        self._settle()
         (self.root / META).mkdir(exist_ok=True)
-        if made:
-            self._merge(META, "folder", None)
+        if self.file.exists():
+            os.truncate(self.file, self._read.get(self.file, 0))  # a line that a kill cut
+        self.note([(self.root / META, "folder", None)] if made else [])
+        self.note([(temporary, "scratch", None)])
+        self._settle()
         self.rewrite()
         for other in self._lists():
             if other != self.file:
                 other.unlink()
-        self.note([(temporary, "scratch", None)])
 
     def attach(self) -> None:
         """From now on `stages/files.py` goes by this list."""
@@ -107,11 +108,12 @@ class Written:
 
     def rewrite(self) -> None:
         """Write the list anew, without what is no longer true."""
-        stale = [path for path, entry in self.entries.items() if entry.kind == "scratch" and not os.path.lexists(self.root / path)]
-        for path in stale:
-            del self.entries[path]
-        lines = [line for path, entry in self.entries.items() for line in entry.lines(path)]
         temporary = self._temporary()
+        gone = [path for path, entry in self.entries.items() if entry.kind == "scratch" and not os.path.lexists(self.root / path)]
+        for path in gone:
+            if path != self._relative(temporary):
+                del self.entries[path]
+        lines = [line for path, entry in self.entries.items() for line in entry.lines(path)]
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
@@ -188,7 +190,9 @@ class Written:
         relative = self._relative(path)
         if relative is not None and relative not in self.entries:
             self.read()  # another rank may have written it since
-        return relative is not None and (relative in self.entries or any(entry.startswith(relative + "/") for entry in self.entries))
+        return relative is not None and (
+            relative in self.entries or self._in_scratch(relative) or any(entry.startswith(relative + "/") for entry in self.entries)
+        )
 
     def holds(self, path: Path) -> bool:
         """Whether this file is on the list and still as described there."""

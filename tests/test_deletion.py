@@ -22,7 +22,7 @@ from stages.align import align
 from stages.draw import draw
 from stages.errors import DataError, Preempted, UsageError
 from stages.evaluate import evaluate
-from stages.files import append_line, name_file, replace_folder, write_atomic
+from stages.files import append_line, make_scratch, name_file, replace_folder, write_atomic
 from stages.import_data import import_data
 from stages.inputs import refuse_overlap
 from stages.options import RunOptions
@@ -413,6 +413,18 @@ def test_what_was_half_deleted_when_it_was_killed_is_neither_complete_nor_lost_t
     with open_run(tmp_path, AGAIN) as run:
         run.begin()
     assert {name for name in tree(tmp_path) if "mmgen" not in name} == {"run.json", "status.json"}
+
+
+def test_a_folder_that_was_half_made_when_it_was_killed_is_the_runs(tmp_path: Path) -> None:
+    with pytest.raises(Preempted), open_run(tmp_path):  # noqa: PT012
+        make_scratch(tmp_path / "state" / "step-00000001.partial")
+        put(tmp_path / "state" / "step-00000001.partial" / "shard.safetensors")
+        raise Preempted("x")
+    shutil.copytree(tmp_path, tmp_path.with_name("other"))
+    for out, options in ((tmp_path, QUIET), (tmp_path.with_name("other"), AGAIN)):
+        with open_run(out, options, writes=["state/step-*"]) as run:
+            run.begin()
+            assert not list((out / "state").glob("*")) if (out / "state").exists() else True
 
 
 # names that are taken
