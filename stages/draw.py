@@ -9,16 +9,18 @@ from pathlib import Path
 
 from stages.drawing.figure import draw_recipe
 from stages.errors import UsageError
-from stages.files import write_atomic
+from stages.files import replace_own
 from stages.recipe import Recipe
+
+MARKER = "<!-- drawn by mmgen recipes -->"  # by which a drawing is known that may be drawn again
 
 
 def draw(recipe: Recipe, out: Path) -> Path:
-    """Write the drawing of a recipe as an SVG file; returns its path. UsageError for another suffix than .svg."""
+    """Write the drawing of a recipe as an SVG file; returns its path. UsageError for another suffix than .svg, and where
+    another file has the name."""
     if out.suffix.lower() != ".svg":
         raise UsageError(f"--draw {out}: drawings are SVG", hint=f"--draw {out.with_suffix('.svg')}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, draw_svg(recipe) + "\n")
+    replace_own(out, f"{MARKER}\n{draw_svg(recipe)}\n", MARKER)
     return out
 
 

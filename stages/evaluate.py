@@ -12,6 +12,7 @@ Samples from elsewhere are renamed with field_map, and their truth is found in S
 the samples is used as their control; without it those results are null.
 """
 
+import glob
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from stages import ranks
 from stages.data.sample import Sample
-from stages.data.shards import Shards, ShardWriter, open_shards, split_folders
+from stages.data.shards import Shards, ShardWriter, open_shards, shard_names, split_folders
 from stages.documents import read_object_if_any
 from stages.errors import DataError, UsageError
 from stages.escape import json_text
@@ -85,7 +86,12 @@ def evaluate(
     real = open_shards(reference, split="val") if reference is not None else None
     inputs += [describe_shards("reference", real)] if real is not None else []
     identity = {f"map {name}": field for name, field in field_map.items()}
-    with Run(out, stage="eval", options=options, kind="checkpoint", identity=identity, inputs=inputs) as run:
+    reads = [target, folder, shards, reference] + ([] if folder is not None else [control_of(target)])
+    writes = ["results.json"]
+    if folder is not None:
+        places = [place for split in splits_of(str(shards)) for place in sample_places(Path(), split)]
+        writes += [(glob.escape(str(place)) + f"/{name}") for place in places for name in shard_names([""])]
+    with Run(out, stage="eval", options=options, kind="checkpoint", identity=identity, inputs=inputs, reads=reads, writes=writes) as run:
         if run.complete:
             return out
         if folder is not None:
@@ -132,11 +138,16 @@ def open_samples(target: str, truth: str | None) -> Iterator[Part]:
     for split, spec in splits_of(target).items():
         samples = open_shards(spec)
         beside = open_shards(truths.get(split) or next(iter(truths.values()))) if truths else None
-        control = Path(target).parent / "controls" / "untrained" / split
+        control = control_of(target) / split
         untrained = open_shards(str(control)) if control.is_dir() else None
         if untrained is not None and {samples.key(i) for i in range(len(samples))} - {untrained.key(i) for i in range(len(untrained))}:
             untrained = None  # the control of other samples
         yield Part(split or split_name(samples), samples, beside, untrained)
+
+
+def control_of(target: str) -> Path:
+    """Where the untrained control of samples lies, if there is one."""
+    return Path(target).parent / "controls" / "untrained"
 
 
 def split_name(shards: Shards) -> str:
@@ -145,12 +156,17 @@ def split_name(shards: Shards) -> str:
     return splits[0] if len(splits) == 1 else str(about(shards[0].fields).get("split", ""))
 
 
+def sample_places(out: Path, split: str) -> tuple[Path, Path]:
+    """Where the samples of a split go, and those of the untrained control."""
+    return out / "samples" / split, out / "controls" / "untrained" / split
+
+
 def make_samples(folder: Path, shards: str, out: Path, options: RunOptions, run: Run) -> Iterator[Part]:
     """Ask a checkpoint, and its untrained twin, for samples on every split of `shards`, into folders of `out`."""
     recipe = open_checkpoint(folder).recipe
     for split, spec in splits_of(shards).items():
         made = []
-        for place in (out / "samples" / split, out / "controls" / "untrained" / split):
+        for place in sample_places(out, split):
             untrained = "controls" in place.parts[len(out.parts) :]
             run.say(f"{'untrained control' if untrained else 'samples'}: {place}")
             if recipe.backbones:
@@ -173,7 +189,7 @@ def reconstruct(folder: Path, recipe: Recipe, shards: str, out: Path, options: R
     source = open_shards(shards)
     inputs = [checkpoint_input(str(folder), folder), describe_shards("prompts", source)]
     identity = {"untrained": untrained}
-    with Run(out, stage="reconstruct", options=options, kind="shards", identity=identity, inputs=inputs) as run:
+    with Run(out, stage="reconstruct", options=options, kind="shards", identity=identity, inputs=inputs, writes=shard_names([""])) as run:
         if run.complete:
             return
         sizes = {"sample.image.codes": tokenizer.codebook_size} if tokenizer.codebook_size is not None else {}

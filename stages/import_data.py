@@ -6,7 +6,6 @@ The importer (`stages.data.importers`) reads, this stage writes. What is wrong w
 """
 
 import inspect
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from stages.data.importers import IMPORTERS
 from stages.data.importers.raw import BadFile, RawData
 from stages.data.index import META, read_index
 from stages.data.sample import Sample
-from stages.data.shards import ON_BAD_SAMPLE, ShardWriter, finished_set, stream_shards
+from stages.data.shards import ON_BAD_SAMPLE, ShardWriter, finished_set, shard_names, stream_shards
 from stages.errors import DataError, UsageError, nearest
 from stages.escape import code_span, json_text, markdown, yaml_text
-from stages.files import write_atomic
+from stages.files import remove_tree, write_atomic
 from stages.options import RunOptions
 from stages.run import Run
 
@@ -59,7 +58,9 @@ def import_data(name: str, source: str | None, out: Path, options: RunOptions, *
     inputs = [] if source is None else [{"path": source, "fingerprint": raw.fingerprint, "provenance": None}]
     identity = {"importer": name, **{key: value for key, value in arguments.items() if key not in ("seed", "source")}}
 
-    with Run(out, stage="import", options=options, kind="shards", identity=identity, inputs=inputs) as run:
+    reads = [value for value in arguments.values() if isinstance(value, Path)]
+    writes = shard_names(["train"] if str(out) == "-" else raw.splits)
+    with Run(out, stage="import", options=options, kind="shards", identity=identity, inputs=inputs, reads=reads, writes=writes) as run:
         if run.complete:
             return out
         splits = {"train": raw.splits["train"]} if run.streaming else raw.splits
@@ -96,12 +97,12 @@ def _write_split(run: Run, split: str, samples: Iterable[Sample | BadFile], orig
     """Write one split, unless an earlier launch of this run has."""
     folder, options = run.out / split, run.options
     bad_path = folder / META / BAD_SAMPLES
-    if finished := finished_set(folder):
+    if run.resuming and (finished := finished_set(folder)):
         skipped = len(bad_path.read_text("utf-8").splitlines()) if bad_path.exists() else 0
         return Written(sum(entry.nsamples for entry in finished.shardlist), skipped, tuple(finished.fields))
 
     bad: list[BadFile] = []
-    shutil.rmtree(folder, ignore_errors=True)  # what a stopped launch left of this split
+    remove_tree(folder)  # what a stopped launch left of this split
     try:
         with ShardWriter(folder, split=split, provenance={**origin, "split": split}) as writer:
             for found in samples:
@@ -122,7 +123,7 @@ def _write_split(run: Run, split: str, samples: Iterable[Sample | BadFile], orig
                 lines = (json_text({"path": entry.path, "reason": entry.reason}) for entry in bad)
                 write_atomic(bad_path, "".join(line + "\n" for line in lines))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing incomplete stays in the open
+        remove_tree(folder)  # nothing incomplete stays in the open
         raise
     index = read_index(folder)
     assert index is not None

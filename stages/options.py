@@ -22,4 +22,5 @@ class RunOptions:
     on_bad_sample: str = "skip"
     max_bad_fraction: float = 0.01
     quiet: bool = False
+    recipe: str | None = None  # as it was named: the file of it must not be lost to --overwrite
     command: tuple[str, ...] = ()

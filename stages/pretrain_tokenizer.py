@@ -35,7 +35,7 @@ from stages.parts.tokenizers import TextTokenizer, texts_of
 from stages.parts.views.square import to_pixels
 from stages.recipe import Phase, Port, Recipe
 from stages.run import Run
-from stages.training.checkpoint import save_checkpoint
+from stages.training.checkpoint import checkpoint_names, save_checkpoint
 from stages.training.ema import EMA
 from stages.training.loop import Progress, StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
 from stages.training.order import Order
@@ -65,7 +65,7 @@ def pretrain_tokenizer(
         split="train",
         on_bad_sample=options.on_bad_sample,
         max_bad_fraction=options.max_bad_fraction,
-        spool=spool_folder(out),
+        spool=spool_folder(out, [*(init or {}).values(), val]),
         mixing=True,
     )
     validation = _open_validation(shards, val)
@@ -80,7 +80,17 @@ def pretrain_tokenizer(
         words, adopted = adopt_tokenizer(recipe, init)
         recipe = with_vocabularies(recipe, {next(iter(recipe.tokenizers)): words})
         inputs.append(adopted)
-    with Run(out, stage="pretrain-tokenizer", options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
+    reads = [*(start.path for start in starts), val]
+    with Run(
+        out,
+        stage="pretrain-tokenizer",
+        options=options,
+        kind="checkpoint",
+        resolved_recipe=recipe.to_toml(),
+        inputs=inputs,
+        reads=reads,
+        writes=checkpoint_names(),
+    ) as run:
         if run.complete:
             return out
         if recipe.autoencoders:

@@ -5,6 +5,8 @@ A stage wraps its work in `with Run(out, ...) as run`. That writes three small f
 stands, or how it ended, with the exit code torchrun hides) and `metrics.jsonl` (one object a line). Every file is whole at any
 moment; a launch that was killed says `running` in its status and is continued by the next one.
 
+Which files are the run's stands in `.mmgen/written.jsonl` (`stages/written.py`): `--overwrite` deletes these and nothing else.
+
 Entering decides what `out` is: empty or absent (a fresh run), the same run (resume, or already complete), another run (an error
 that names the keys that differ), or something mmgen did not write (an error). Identity is what determines the result: stage,
 seed, limit, resolved recipe and the fingerprints of the inputs. `--max-steps` and `--max-minutes` only say where to stop.
@@ -14,7 +16,6 @@ SIGTERM, SIGHUP and Ctrl-C end what is going on with an exception, see `stages/s
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -33,23 +34,25 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from stages import stop
+from stages.data.index import INDEX, META, ShardEntry, read_index
+from stages.data.shards import UNFINISHED
 from stages.data.stream import SPOOL
 from stages.documents import Document, parse_object, parse_toml, read_object
 from stages.errors import DataError, MmgenError, Preempted, UsageError
-from stages.files import write_atomic
+from stages.files import append_line, make_folder, remove_file, write_atomic
+from stages.inputs import refuse_overlap
 from stages.options import RunOptions
 from stages.progress import Progress
-from stages.records import Record, ShardList, Status
+from stages.records import Record, Status
+from stages.written import LIST, Content, Written, begin, content_of, files_below
 
 State = Literal["running", "done", "stopped", "preempted", "failed"]
 
-RUN_FILES = r"(run|status)\.json|(metrics|bad_samples|bad_batches)\.jsonl"
-CHECKPOINT_FILES = r"model.*\.safetensors(\.index\.json)?|(config|tokenizer|tokenizer_config)\.json|recipe\.toml|state|tokenizers"
-RESULTS = {"eval": r"results\.json|samples|controls", "sample": "files"}  # stage → what else it writes in the open
-SHARD_FILES = r".+-\d{6,}\.tar"
+RUN_FILES = ("run.json", "status.json", "metrics.jsonl", "bad_samples.jsonl", "bad_batches.jsonl")
 STATUS_SECONDS, STATUS_SHARE = 1.0, 0.02  # status.json is renewed as often as this, and as costs no more of the time
 UNFINISHED_FILES = r"\..+\.\d+\.tmp"  # what a kill leaves of a file being written, see stages/files.py
 FAILURE = ".failure.{rank}.tmp"  # how another rank than the first failed, in the words of status.json; such names go with the next launch
+KEPT = f"{META}/{SPOOL}"
 SAME_ON_RANKS = ("parallel", "device", "dtype", "max_steps", "on_bad_sample", "max_bad_fraction")  # beside what makes a run's identity
 PACKAGES = ["mmgen-cli", "torch", "torchvision", "numpy", "pillow", "safetensors", "tokenizers", "huggingface_hub"]
 
@@ -61,10 +64,15 @@ class Run(contextlib.AbstractContextManager["Run"]):
     kind      "shards": the run's own files go to `out/.mmgen`; "checkpoint": they lie beside the weights.
     identity  further facts that determine the result (an importer's arguments, say), as printable values.
     inputs    one dict per input: `path` as the user typed it, `fingerprint`, and `provenance` (the input's own run, nested).
+    reads     what else is read and is no part of the record, as it was typed. No input may be lost to --out: see stages/inputs.py.
+    writes    the names, as glob patterns in `out`, that the run will give. What has one of them and is not of the run is an error
+              at once, and not when the name is needed.
 
     resuming  there is an unfinished run of the same identity to continue.
     complete  this very run is already done: the stage returns at once.
-    `with` raises UsageError when `out` holds another run, is in use by another process, or is not mmgen's.
+    `with` raises UsageError when `out` holds another run, is in use by another process, is not mmgen's, or holds an input.
+    With --overwrite all that is checked at once, and the old run is deleted when the new one writes its first file: one that fails
+    before that, on a mistake in the recipe say, has taken nothing away.
     Under torchrun only rank 0 writes; the others share its verdict.
     """
 
@@ -78,13 +86,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
         identity: Mapping[str, object] | None = None,
         resolved_recipe: str = "",
         inputs: Sequence[Mapping[str, Any]] = (),
+        reads: Sequence[str | Path | None] = (),
+        writes: Sequence[str] = (),
     ) -> None:
         self.streaming = str(out) == "-"
         self.out = Path(tempfile.mkdtemp(prefix="mmgen-")) if self.streaming else Path(out)
-        self.meta = self.out / ".mmgen" if kind == "shards" else self.out
+        self.meta = self.out / META if kind == "shards" else self.out
         self.stage, self.options, self.kind = stage, options, kind
         self.resolved_recipe = resolved_recipe
         self.inputs = [dict(entry) for entry in inputs]
+        self.reads = [*(entry.get("path") for entry in self.inputs), *reads]
+        self.writes = [*writes, *((self.meta / name).relative_to(self.out).as_posix() for name in RUN_FILES)]
         self.identity = run_identity(stage, options, resolved_recipe, self.inputs, identity or {})
         self.rank = int(os.environ.get("RANK", "0"))
         self.resuming = False
@@ -95,6 +107,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._finished = False
         self._lock: int | None = None
         self._listening = contextlib.ExitStack()
+        self._written: Written | None = None
         self._progress = Progress(stage, quiet=options.quiet or self.rank != 0)
 
     # entering and leaving
@@ -134,6 +147,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.resuming, self.complete = verdict["resuming"], verdict["complete"]
         if "error" in verdict:
             raise verdict["error"]
+        if not self.complete and self.rank != 0 and not self.streaming:
+            self._written = Written(self.out, self.rank)
+            self._written.read()
+            self._written.attach()
         if self.resuming:
             self.say(f"continuing the {self.stage} run in {self.out}")
 
@@ -179,13 +196,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if self.rank != 0:
             return
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in numbers.items()}
-        with open(self.meta / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        append_line(self.meta / "metrics.jsonl", json.dumps(finite))
 
     def cut_metrics(self, step: int) -> None:
         """Drops what metrics.jsonl says about steps after `step`: they are about to be made again. Lines without a step stay."""
         path = self.meta / "metrics.jsonl"
-        if self.rank != 0 or not path.exists():
+        if self.rank != 0 or self._to_begin or not path.exists():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -195,7 +211,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 continue
             if isinstance(reached, int | float) and reached <= step:
                 kept.append(line + "\n")
-        write_atomic(path, "".join(kept))
+        write_atomic(path, "".join(kept), rewritten=True)
 
     def finish(self, state: Literal["done", "stopped"] = "done", message: str = "") -> None:
         """Ends the run well: `done`, or `stopped` early by --max-steps or --max-minutes. Leaving the `with` does it for `done`."""
@@ -204,26 +220,41 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._progress.close()
         self.say(f"{self.stage}: {state}" + (f", {message}" if message else ""))
 
+    def begin(self) -> None:
+        """Where the run replaces another: delete that now, and not when the first file is written."""
+        begin(self.meta / "run.json")
+
     # the folder
 
     def _claim(self) -> None:
         """Makes `out` this run's: fresh, continued or complete. Raises UsageError when it belongs to somebody else."""
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file, expected a folder")
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.out.name == META:
+            raise UsageError(f"--out {self.out}: {META} is where mmgen keeps its own files", hint="name another folder with --out")
+        refuse_overlap(self.out, [*self.reads, self._recipe_file()], adds_tars=self.kind == "shards")
+        begin(self.out)
+        make_folder(self.out)
         self._lock = _lock_folder(self.out)
-        self._forget_failed()
+        written = self._written = Written(self.out)
+        written.read()
+        self._forget_failed(written)
         before = _read_own(self.meta / "run.json", Record)
+        replaces = before is not None and self.options.overwrite
         if before is None:
-            ours = re.compile(rf"\.mmgen|{UNFINISHED_FILES}")
-            there = sorted(path.name for path in self.out.iterdir() if not ours.fullmatch(path.name))
+            ours = re.compile(rf"{re.escape(META)}|{UNFINISHED_FILES}")
+            there = sorted(path.name for path in self.out.iterdir() if not ours.fullmatch(path.name) and not written.lists(path))
             if there:
                 held = ", ".join(there[:4]) + (f" and {len(there) - 4} more" if len(there) > 4 else "")
                 raise UsageError(f"--out {self.out} is not a run of mmgen: it holds {held}", hint="name a new folder with --out")
-        elif self.options.overwrite:
-            remove_run(self.out, keep_spool=any(entry.get("path") == "-" for entry in self.inputs))
-            before = None
-        else:
+            left = written.doomed(keep=KEPT, scratch=False)
+            replaces = bool(left)
+            if left and not self.options.overwrite:
+                raise UsageError(
+                    f"--out {self.out} holds what is left of a run that was being deleted, such as {left[0]}",
+                    hint="name a new folder with --out, or delete it with --overwrite",
+                )
+        elif not self.options.overwrite:
             ended = _read_own(self.meta / "status.json", Status) or {}
             differing = _differences(before.get("identity", {}), self.identity)
             if differing:
@@ -235,25 +266,76 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.complete = ended.get("state") == "done"
             self.resuming = not self.complete
             self._status["step"], self._status["of"] = ended.get("step", 0), ended.get("of")
-        if not self.complete:
-            for path in self.out.rglob(".*.tmp"):
-                if path.is_file() and re.fullmatch(UNFINISHED_FILES, path.name):
-                    path.unlink()
-            self.meta.mkdir(parents=True, exist_ok=True)
-            self._record = self._describe(before)
-            self._write_record()
-            self._write_status()
+        if self.complete:
+            return
+        if before is not None and not written.lists(self.meta / "run.json"):
+            adopt(written, self.meta, self.writes if self.resuming else None)
+        self._check_names(written)
+        if replaces:
+            written.doomed(keep=self._kept)
+            written.before_first_write = self._replace
+            written.attach()
+        else:
+            self._start(before)
 
-    def _forget_failed(self) -> None:
+    @property
+    def _kept(self) -> str | None:
+        """What was just read from stdin is not deleted."""
+        return KEPT if any(entry.get("path") == "-" for entry in self.inputs) else None
+
+    @property
+    def _to_begin(self) -> bool:
+        return self._written is not None and self._written.before_first_write is not None
+
+    def _recipe_file(self) -> str | None:
+        """The recipe where it is a file and this run may delete one; a run that goes on may well be given its own."""
+        if not (self.options.overwrite and self.options.recipe):
+            return None
+        from stages.recipe import recipe_names
+
+        return None if self.options.recipe in recipe_names() else self.options.recipe
+
+    def _check_names(self, written: Written) -> None:
+        """Raises UsageError where something that is not of the run has a name that it will give, or is a tar among its tars."""
+        taken = [path for pattern in self.writes for path in self.out.glob(pattern)]
+        taken += [inner for path in taken if path.is_dir() for inner in files_below(path)]
+        if self.options.overwrite:
+            folders = {
+                path.parent for path in written.doomed() if path.suffix == ".tar" and META not in path.relative_to(written.root).parts
+            }
+            taken += [path for folder in sorted(folders) for path in folder.glob("*.tar")]
+        for path in taken:
+            if not written.lists(path):
+                raise UsageError(f"{path} is not of this run, which is about to write there", hint="move it away, or name another --out")
+
+    def _replace(self) -> None:
+        assert self._written is not None
+        self._check_names(self._written)
+        self._written.delete(first=[self.meta / "status.json", self.meta / "run.json"], keep=self._kept)
+        self._start(None)
+
+    def _start(self, before: dict[str, Any] | None) -> None:
+        assert self._written is not None
+        self._written.tidy()
+        self._written.attach()
+        make_folder(self.meta)
+        for path in self.meta.glob(FAILURE.format(rank="*")):  # of an earlier launch
+            remove_file(path)
+        self._record = self._describe(before)
+        self._write_record()
+        self._write_status()
+
+    def _forget_failed(self, written: Written) -> None:
         """Clears away the record of another run that failed before it made anything, on a mistake say: there is nothing to protect."""
-        there = {path for path in self.out.rglob("*") if not path.is_dir()}
-        for meta in (self.out, self.out / ".mmgen"):
+        for meta in (self.out, self.out / META):
             run, status = meta / "run.json", meta / "status.json"
-            if there != {run, status} or (_read_own(status, Status) or {}).get("state") != "failed":
+            if (_read_own(status, Status) or {}).get("state") != "failed":
                 continue
-            if _differences((_read_own(run, Record) or {}).get("identity", {}), self.identity):
-                run.unlink()
-                status.unlink()
+            there = {path for path in files_below(self.out) if path.parent != self.out / META or not LIST.fullmatch(path.name)}
+            if there == {run, status} and _differences((_read_own(run, Record) or {}).get("identity", {}), self.identity):
+                for path in (run, status):
+                    path.unlink()
+                    written.forget(path)
 
     def _describe(self, before: dict[str, Any] | None) -> dict[str, Any]:
         now = _now()
@@ -275,6 +357,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def _end(self, state: State, exit_code: int, message: str) -> None:
         self._finished = True
+        if self._to_begin and exit_code:
+            return  # nothing was written, and what is there is another run's
+        self.begin()
         self._status |= {"state": state, "exit_code": exit_code, "message": message}
         if self.rank != 0:
             if state == "failed":  # the first rank may know nothing of it
@@ -283,20 +368,20 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if state in ("preempted", "stopped"):  # because another rank failed?
             self._status |= next((told for path in self.meta.glob(FAILURE.format(rank="*")) if (told := _read_own(path, Status))), {})
             state = self._status["state"]
+        assert self._written is not None
+        self._written.rewrite()  # before the state says `done`: a run that is complete is not touched again
         self._record["finished"] = _now()
         self._record["launches"][-1] |= {"finished": self._record["finished"], "state": state}
-        readme = self.out / "README.md"
-        self._record["readme"] = _sha256(readme) if readme.exists() else None
         self._write_record()
         self._write_status()
 
     def _write_record(self) -> None:
-        write_atomic(self.meta / "run.json", json.dumps(self._record, indent=2) + "\n")
+        write_atomic(self.meta / "run.json", json.dumps(self._record, indent=2) + "\n", rewritten=True)
 
     def _write_status(self) -> None:
         began = time.monotonic()
-        if self.rank == 0:
-            write_atomic(self.meta / "status.json", json.dumps(self._status) + "\n")
+        if self.rank == 0 and not self._to_begin:
+            write_atomic(self.meta / "status.json", json.dumps(self._status) + "\n", rewritten=True)
         self._next_write = (ended := time.monotonic()) + max(STATUS_SECONDS, (ended - began) / STATUS_SHARE)
 
     # signals and ranks
@@ -324,6 +409,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def _release(self) -> None:
         self._listening.close()
+        if self._written is not None:
+            self._written.detach()
         if self._lock is not None:
             os.close(self._lock)
             _locks.discard(self._lock)
@@ -343,49 +430,45 @@ def run_identity(
     return identity | {name: str(value) for name, value in more.items()}
 
 
-def remove_run(out: Path, *, keep_spool: bool = False) -> None:
-    """Deletes what mmgen wrote in `out` and nothing else; for --overwrite. `keep_spool` spares what was just read from stdin.
+def adopt(written: Written, meta: Path, names: Sequence[str] | None) -> None:
+    """Lists what an earlier version wrote, which kept no list: that which it recorded the hash of, and its own records.
 
-    A shard folder loses the tars its index lists (without an index: those named like shards, left by a killed run) and `.mmgen`;
-    a checkpoint folder the files of a checkpoint. README.md goes when it is still the one the run wrote. Unknown files stay;
-    unknown tars raise UsageError before anything is deleted, because they would be read as part of the new data.
+    names: what a run that goes on will write; what has one of these names is taken to be of the run. None: the run is to be deleted,
+    and a file that nothing is recorded of raises UsageError.
     """
-    doomed = [path for path in _written_files(out) if not (keep_spool and path == out / ".mmgen" / SPOOL)]
-    for path in doomed:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    for folder in sorted({path.parent for path in doomed} - {out}, reverse=True):  # children before parents
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _written_files(out: Path) -> Iterator[Path]:
-    record = _read_own(out / "run.json", Record) or _read_own(out / ".mmgen" / "run.json", Record) or {}
+    out, ours = written.root, [Path(os.path.abspath(meta))]
+    known: dict[Path, Content | None] = {}
+    for folder in [out, *(path for path in out.iterdir() if path.is_dir() and not path.is_symlink())]:
+        own, entries = folder / META, []
+        with contextlib.suppress(MmgenError):
+            index = read_index(folder)
+            entries = index.shardlist if index else []
+        for path in own.glob(f"{UNFINISHED}/*.json"):
+            with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+                entries.append(ShardEntry.model_validate(json.loads(path.read_bytes())["entry"]))
+        known |= {folder / entry.name: (entry.bytes, entry.sha256) for entry in entries}
+        ours += [own] if entries else []
+    known |= {folder / name: None for folder in ours for name in (INDEX, *RUN_FILES)}
     readme = out / "README.md"
-    if readme.is_file() and record.get("readme") == _sha256(readme):
-        yield readme
-    patterns = [RUN_FILES, CHECKPOINT_FILES] if (out / "run.json").exists() else []
-    named = re.compile("|".join([*patterns, RESULTS.get(record.get("stage", ""), r"(?!)")]))
-    yield from (path for path in out.iterdir() if named.fullmatch(path.name))
-    for folder in [out, *(path for path in out.iterdir() if _is_split(path))]:
-        index = _read_own(folder / ".mmgen" / "shardindex.json", ShardList)
-        listed = {Path(shard["url"]).name for shard in index["shardlist"]} if index else None
-        for path in folder.glob("*.tar"):
-            if path.name in listed if listed is not None else re.fullmatch(SHARD_FILES, path.name):
-                yield path
-            else:
-                raise UsageError(f"{path} is not of this run, but would be read with the new one", hint="move it away, or name a new --out")
-        if (folder / ".mmgen").is_dir():
-            yield from (folder / ".mmgen").iterdir()
-
-
-def _is_split(folder: Path) -> bool:
-    """Whether a folder holds the shards of one split, finished (an index) or cut short by a kill (nothing but tars named like ours)."""
-    if not folder.is_dir() or folder.name.startswith("."):
-        return False
-    return (folder / ".mmgen").is_dir() or all(re.fullmatch(SHARD_FILES, path.name) for path in folder.iterdir())
+    if readme.is_file() and (_read_own(meta / "run.json", Record) or {}).get("readme") == content_of(readme)[1]:
+        known[readme] = content_of(readme)
+    if names is not None:
+        named = {path for name in names for path in out.glob(name) if path.suffix != ".tar" and path != readme}
+        for path in files_below(out):
+            if (
+                path not in known
+                and path.is_file()
+                and (not named.isdisjoint([path, *path.parents]) or path.parent.name == META or META in path.parts)
+            ):
+                known[path] = content_of(path)
+    for path in files_below(out):
+        if path in known:
+            written.adopt(path, known[path])
+        elif names is None:
+            raise UsageError(
+                f"--out {out} was written by an earlier version of mmgen, which did not list its files; {path.relative_to(out)} may not be one of them",
+                hint="delete the folder yourself, or name another --out",
+            )
 
 
 def _differences(there: Mapping[str, str], here: Mapping[str, str], theirs: str = "there", ours: str = "here") -> list[str]:
@@ -502,10 +585,6 @@ def _machine() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_own(path: Path, kind: type[Document]) -> dict[str, Any] | None:

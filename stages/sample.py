@@ -19,12 +19,12 @@ from torch import Tensor
 
 from stages import ranks
 from stages.data.sample import Sample, decode_image
-from stages.data.shards import Shards, ShardWriter, open_shards, stream_shards
+from stages.data.shards import Shards, ShardWriter, open_shards, shard_names, stream_shards
 from stages.data.stream import spool_folder
 from stages.decoding import Prompt, Session, prepare
 from stages.errors import DataError, RecipeError, UsageError, nearest
 from stages.escape import file_name
-from stages.files import write_atomic
+from stages.files import open_atomic, write_atomic
 from stages.hub import resolve
 from stages.options import RunOptions
 from stages.parts.samplers import AutoregressiveConfig
@@ -89,8 +89,11 @@ def sample(
     device = resolve_device(options.device)
     folder = resolve(str(model))
     box = open_tools(tools) if tools is not None else None
+    reads = (
+        [model, folder, prompts, image, tools, *(tool.folder for tool in box.tools.values())] if box else [model, folder, prompts, image]
+    )
     writer = Writer(folder, str(device), options, tasks, sets, untrained=untrained, likelihood=likelihood)
-    source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options, out)
+    source = single_prompt(writer, prompt, image) if prompts is None else open_prompts(prompts, options, out, reads)
     first = source[0]
     if box is not None:
         writer.asked = [planning_task(writer.recipe, tasks)]
@@ -111,7 +114,15 @@ def sample(
         identity |= {"tools": box.fingerprint}
     inputs += tool_inputs
     with Run(
-        out, stage="sample", options=options, kind="shards", identity=identity, resolved_recipe=writer.recipe.to_toml(), inputs=inputs
+        out,
+        stage="sample",
+        options=options,
+        kind="shards",
+        identity=identity,
+        resolved_recipe=writer.recipe.to_toml(),
+        inputs=inputs,
+        reads=reads,
+        writes=shard_names([""]),
     ) as run:
         if run.complete:
             return Path(out)
@@ -505,9 +516,9 @@ def readable(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids).strip().replace("\0", "\ufffd")
 
 
-def open_prompts(spec: str, options: RunOptions, out: Path | str) -> Shards:
-    """Prompt shards; of a parent of splits, `val`."""
-    spool = spool_folder(out)
+def open_prompts(spec: str, options: RunOptions, out: Path | str, reads: Sequence[str | Path | None] = ()) -> Shards:
+    """Prompt shards; of a parent of splits, `val`. reads: what else is read, see `spool_folder`."""
+    spool = spool_folder(out, reads)
     return open_shards(spec, split="val", on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction, spool=spool)
 
 
@@ -543,13 +554,13 @@ def single_prompt(writer: Writer, prompt: str | None, image: Path | None) -> lis
 
 
 def save_pictures(entry: Sample, folder: Path) -> None:
-    """The pictures and texts of one output sample as ordinary files, side by side in one folder whatever the key is."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The images and texts of one output sample as ordinary files, side by side in one folder whatever the key is."""
     for name, value in entry.fields.items():
         if not name.startswith("sample."):
             continue
         path = folder / file_name(f"{entry.key}.{name.removeprefix('sample.')}")
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
-            Image.fromarray(value).save(path.with_name(path.name + ".png"))
+            with open_atomic(path.with_name(path.name + ".png")) as file:
+                Image.fromarray(value).save(file, format="PNG")
         elif isinstance(value, str):
             write_atomic(path.with_name(path.name + ".txt"), value + "\n")

@@ -21,7 +21,7 @@ from stages import ranks
 from stages.ahead import ahead
 from stages.data.index import META, checked_index
 from stages.data.sample import IMAGE_FORMATS, Sample
-from stages.data.shards import Shards, ShardWriter, finished_set, open_shards, split_folders, stream_shards
+from stages.data.shards import Shards, ShardWriter, finished_set, open_shards, shard_names, split_folders, stream_shards
 from stages.data.stream import spool_folder
 from stages.errors import DataError, UsageError
 from stages.escape import code_span, markdown, yaml_text
@@ -102,7 +102,7 @@ def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options:
             f"--out -: {shards} holds several splits ({', '.join(splits)}), a stream holds one",
             hint=f"for example {next(iter(splits.values()))}",
         )
-    spool = spool_folder(out)
+    spool = spool_folder(out, tokenizers)
     opened = {
         split: open_shards(spec, on_bad_sample=options.on_bad_sample, max_bad_fraction=options.max_bad_fraction, spool=spool)
         for split, spec in splits.items()
@@ -114,7 +114,9 @@ def tokenize_shards(shards: str, tokenizers: Sequence[Path], out: Path, options:
         for split, data in opened.items()
     ]
     inputs += [checkpoint_input(str(tokenizer.folder), tokenizer.folder, role=f"tokenizer {tokenizer.name}") for tokenizer in loaded]
-    with Run(out, stage="tokenize", options=options, kind="shards", inputs=inputs) as run:
+    with Run(
+        out, stage="tokenize", options=options, kind="shards", inputs=inputs, reads=[shards, *tokenizers], writes=shard_names(opened)
+    ) as run:
         if run.complete:
             return out
         counts = {split: _tokenize_split(data, loaded, run.out / split, split, run, options) for split, data in opened.items()}
@@ -168,7 +170,7 @@ def plan_outputs(loaded: Sequence[Loaded], shards: Shards) -> dict[str, tuple[Lo
 
 def _tokenize_split(data: Shards, loaded: Sequence[Loaded], folder: Path, split: str, run: Run, options: RunOptions) -> int:
     """Write one split, unless an earlier launch of this run has; returns how many samples it has."""
-    finished = finished_set(folder)
+    finished = finished_set(folder) if run.resuming else None
     if finished is not None:
         return sum(entry.nsamples for entry in finished.shardlist)
     plan, before = plan_outputs(loaded, data), data.fields

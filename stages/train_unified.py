@@ -26,7 +26,7 @@ from stages.recipe import Phase, Recipe, Stage
 from stages.run import Run
 from stages.sequence.plan import Planner
 from stages.sequence.segment import Batch
-from stages.training.checkpoint import fingerprint, open_checkpoint, save_checkpoint
+from stages.training.checkpoint import checkpoint_names, fingerprint, open_checkpoint, save_checkpoint
 from stages.training.ema import EMA
 from stages.training.features import precompute_features
 from stages.training.loop import StepResult, Trainee, autocast, deterministic, fit, resolve_device, resolve_dtype, resume_ledger
@@ -72,7 +72,7 @@ def train_phases(
         split="train",
         on_bad_sample=options.on_bad_sample,
         max_bad_fraction=options.max_bad_fraction,
-        spool=spool_folder(out),
+        spool=spool_folder(out, [*init.values(), *tokenizers, val]),
         mixing=True,
     )
     starts = open_starts(init if "model" in init else {**recipe.init_from, **init})
@@ -83,7 +83,11 @@ def train_phases(
 
     inputs = [{"path": shards, "fingerprint": data.fingerprint, "provenance": data.provenance}]
     inputs += [start.as_input() for start in starts]
-    with Run(out, stage=stage, options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs) as run:
+    reads = [*(start.path for start in starts), *tokenizers, val]
+    writes = checkpoint_names(travelling.folders)
+    with Run(
+        out, stage=stage, options=options, kind="checkpoint", resolved_recipe=recipe.to_toml(), inputs=inputs, reads=reads, writes=writes
+    ) as run:
         if run.complete:
             return out
         model = build_model(recipe, options.seed)

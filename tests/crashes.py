@@ -98,7 +98,7 @@ def completes(work: Callable[[], object]) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file that is a result: tars with their indexes, weights, scores, cards; not what tells how and when they came about."""
-    told = {"run.json", "status.json", "metrics.jsonl"}
+    told = {"run.json", "status.json", "metrics.jsonl", "written.jsonl"}
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,5 +1,6 @@
 """Run folders: identity, resume, status, signals, and what --overwrite may delete."""
 
+import io
 import json
 import os
 import signal
@@ -14,7 +15,10 @@ from typing import Any, Literal
 import pytest
 
 from stages import run as run_module
+from stages.data.stream import receive_stream, spool_folder
+from stages.data.tar_format import END_OF_ARCHIVE, member_bytes
 from stages.errors import DataError, GuardError, Preempted, UsageError
+from stages.files import open_atomic, write_atomic
 from stages.options import RunOptions
 from stages.run import Run, run_identity
 
@@ -36,6 +40,15 @@ def make(path: Path, text: str = "x") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
+
+
+def wrote(path: Path, text: str = "x") -> None:
+    """What a stage does: the file is whole, and on the list of the run."""
+    write_atomic(path, text)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # what a run leaves
@@ -94,7 +107,7 @@ def test_shard_runs_keep_their_files_out_of_the_open(tmp_path: Path) -> None:
     with open_run(tmp_path / "out", kind="shards") as run:
         run.log(step=1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".mmgen"]
-    assert {path.name for path in (tmp_path / "out" / ".mmgen").iterdir()} == {"run.json", "status.json", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "out" / ".mmgen").iterdir()} == {"run.json", "status.json", "metrics.jsonl", "written.jsonl"}
 
 
 def test_status_while_running_and_when_done(tmp_path: Path) -> None:
@@ -176,10 +189,10 @@ def test_a_run_stopped_early_exits_0_and_continues(tmp_path: Path) -> None:
 def test_a_complete_run_says_so_and_is_left_alone(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         run.finish("done", "all of it")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = everything(tmp_path)
     with open_run(tmp_path) as run:
         assert (run.resuming, run.complete) == (False, True)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert everything(tmp_path) == before
 
 
 def test_every_launch_is_remembered(tmp_path: Path) -> None:
@@ -234,7 +247,7 @@ def test_nor_is_one_of_the_other_kind(tmp_path: Path) -> None:
         raise DataError("a mistake")
     with open_run(tmp_path, seed=9):
         pass
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["run.json", "status.json"]
+    assert sorted(everything(tmp_path)) == [".mmgen/written.jsonl", "run.json", "status.json"]
 
 
 def test_a_failed_launch_that_left_something_is_protected(tmp_path: Path) -> None:
@@ -302,25 +315,26 @@ def test_overwrite_deletes_a_checkpoint_and_keeps_what_mmgen_did_not_write(tmp_p
             "state/step-00000007/state.json",
             "tokenizers/t-1/config.json",
         ):
-            make(tmp_path / name)
+            wrote(tmp_path / name)
     for name in ("notes.txt", "plots/loss.svg"):
         make(tmp_path / name)
     with open_run(tmp_path, seed=1, overwrite=True) as run:
         assert (run.resuming, run.complete) == (False, False)
-        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-        assert left == {"notes.txt", "plots/loss.svg", "run.json", "status.json"}
+        run.begin()
+        assert everything(tmp_path).keys() == {"notes.txt", "plots/loss.svg", "run.json", "status.json", ".mmgen/written.jsonl"}
+        assert not (tmp_path / "state").exists() and not (tmp_path / "tokenizers").exists()
 
 
 def test_overwrite_deletes_the_tars_of_every_split_and_nothing_else(tmp_path: Path) -> None:
     with open_run(tmp_path, kind="shards"):
         for split in ("train", "val"):
-            make(tmp_path / split / "data-000000.tar")
-            make(tmp_path / split / ".mmgen" / "shardindex.json", json.dumps({"shardlist": [{"url": "../data-000000.tar"}]}))
-        make(tmp_path / "README.md")
+            wrote(tmp_path / split / "data-000000.tar")
+            wrote(tmp_path / split / ".mmgen" / "shardindex.json", "{}")
+        wrote(tmp_path / "README.md")
     make(tmp_path / "val" / "notes.txt")
-    with open_run(tmp_path, kind="shards", seed=1, overwrite=True):
-        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-        assert left == {"val/notes.txt", ".mmgen/run.json", ".mmgen/status.json"}
+    with open_run(tmp_path, kind="shards", seed=1, overwrite=True) as run:
+        run.begin()
+        assert everything(tmp_path).keys() == {"val/notes.txt", ".mmgen/run.json", ".mmgen/status.json", ".mmgen/written.jsonl"}
         assert not (tmp_path / "train").exists()
 
 
@@ -332,25 +346,18 @@ def test_overwrite_deletes_what_a_stage_writes_beside_shards_and_weights(
     tmp_path: Path, stage: str, kind: Literal["shards", "checkpoint"], written: list[str]
 ) -> None:
     for overwrite in (False, True):
-        with Run(tmp_path, stage=stage, options=RunOptions(quiet=True, overwrite=overwrite), kind=kind):
+        with Run(tmp_path, stage=stage, options=RunOptions(quiet=True, overwrite=overwrite), kind=kind) as run:
+            run.begin()
             assert not any((tmp_path / name).exists() for name in written)
-            for name in [*written, "keep/me.txt"]:
-                make(tmp_path / name)
+            for name in written:
+                wrote(tmp_path / name)
+            make(tmp_path / "keep/me.txt")
     assert (tmp_path / "keep" / "me.txt").exists()
-
-
-def test_overwrite_keeps_a_readme_that_was_edited(tmp_path: Path) -> None:
-    with open_run(tmp_path):
-        make(tmp_path / "README.md")
-    make(tmp_path / "README.md", "my own words")
-    with open_run(tmp_path, overwrite=True):
-        assert (tmp_path / "README.md").read_text() == "my own words"
 
 
 def test_overwrite_refuses_when_a_strange_tar_would_join_the_data(tmp_path: Path) -> None:
     with open_run(tmp_path, kind="shards"):
-        make(tmp_path / "data-000000.tar")
-        make(tmp_path / ".mmgen" / "shardindex.json", json.dumps({"shardlist": [{"url": "../data-000000.tar"}]}))
+        wrote(tmp_path / "data-000000.tar")
     make(tmp_path / "mine.tar")
     with pytest.raises(UsageError, match=r"mine\.tar"), open_run(tmp_path, kind="shards", overwrite=True):
         pass
@@ -358,29 +365,36 @@ def test_overwrite_refuses_when_a_strange_tar_would_join_the_data(tmp_path: Path
 
 
 def test_overwrite_clears_the_tars_of_a_run_that_was_killed(tmp_path: Path) -> None:
-    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):
+    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):  # noqa: PT012
+        wrote(tmp_path / "train" / "data-000000.tar")
         raise Preempted("x")
-    make(tmp_path / "train" / "data-000000.tar")
-    with open_run(tmp_path, kind="shards", overwrite=True):
+    with open_run(tmp_path, kind="shards", overwrite=True) as run:
+        run.begin()
         assert not (tmp_path / "train").exists()
 
 
 def test_overwrite_spares_what_was_just_read_from_stdin(tmp_path: Path) -> None:
     with open_run(tmp_path):
-        make(tmp_path / "model.safetensors")
-    make(tmp_path / ".mmgen" / "input" / "data-000000.tar")
-    with open_run(tmp_path, overwrite=True, inputs=[{"path": "-", "fingerprint": "new"}]):
-        assert (tmp_path / ".mmgen" / "input" / "data-000000.tar").exists()
+        wrote(tmp_path / "model.safetensors")
+    receive_stream(io.BytesIO(member_bytes("a.txt", b"x") + END_OF_ARCHIVE), spool_folder(tmp_path))
+    with open_run(tmp_path, overwrite=True, inputs=[{"path": "-", "fingerprint": "new"}]) as run:
+        run.begin()
+        assert (tmp_path / ".mmgen" / "input" / "stdin-000000.tar").exists()
         assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_file_half_written_when_the_run_was_killed_is_cleared_away(tmp_path: Path) -> None:
-    with pytest.raises(Preempted), open_run(tmp_path, kind="shards"):
-        raise Preempted("x")
-    make(tmp_path / "train" / ".data-000003.tar.4711.tmp")
+    child = os.fork()
+    if child == 0:
+        with open_run(tmp_path, kind="shards"), open_atomic(tmp_path / "train" / "data-000003.tar"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list((tmp_path / "train").iterdir())) == 1
+    other = make(tmp_path / "mine" / ".data-000003.tar.4711.tmp")  # of somebody else, who may be writing it
     with open_run(tmp_path, kind="shards") as run:
         assert run.resuming
         assert list((tmp_path / "train").iterdir()) == []
+        assert other.exists()
 
 
 # signals and streams

@@ -8,11 +8,11 @@ always the members of one key in one tar, so the picture of one can never meet t
 Nothing is read before it is needed: the headers of each tar are walked once, on first use, and a sample's bytes are read where they are.
 """
 
+import glob
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from array import array
 from bisect import bisect_right
@@ -35,7 +35,19 @@ from stages.data.stream import stream_shards
 from stages.data.tar_format import END_OF_ARCHIVE, Archive, Walk, member_bytes, walk
 from stages.errors import DataError, UsageError, nearest
 from stages.escape import json_text
-from stages.files import copy_tokenizer, inside, open_atomic, open_regular, sync, sync_folder, write_atomic
+from stages.files import (
+    copy_tokenizer,
+    inside,
+    make_folder,
+    name_file,
+    open_atomic,
+    open_regular,
+    remove_file,
+    remove_tree,
+    sync,
+    write_atomic,
+)
+from stages.written import begin, check_name, note
 
 __all__ = ["BadSample", "BadSampleError", "ShardWriter", "Shards", "open_shards", "split_folders", "stream_shards"]
 
@@ -112,6 +124,7 @@ class ShardWriter:
         self._buffered = 0
 
     def __enter__(self) -> Self:
+        begin(self.out / META)
         finished = finished_set(self.out) if self.resume else None
         if finished is not None:
             self.finished = True
@@ -140,9 +153,9 @@ class ShardWriter:
         for record in records:
             entry = ShardEntry.model_validate(record["entry"])
             if not (self.resume and _is_whole(self.out / entry.name, entry)):
-                (self.out / entry.name).unlink(missing_ok=True)
-                self._record(entry.name).unlink()
-        self._unfinished.mkdir(parents=True, exist_ok=True)
+                remove_file(self.out / entry.name)
+                remove_file(self._record(entry.name))
+        make_folder(self._unfinished)
 
     def _records(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text("utf-8")) for path in sorted(self._unfinished.glob("*.json"))]
@@ -156,9 +169,9 @@ class ShardWriter:
         foreign = sorted(path.name for path in self.out.glob("*.tar") if path.name not in own | finished)
         if foreign:
             raise UsageError(f"{self.out}: holds {foreign[0]}, which mmgen did not write", hint="choose another --out")
-        (self.out / META / INDEX).unlink(missing_ok=True)
+        remove_file(self.out / META / INDEX)
         for name in finished:
-            (self.out / name).unlink(missing_ok=True)
+            remove_file(self.out / name)
 
     def parts(self, count: int, per_tar: int) -> Iterator[range]:
         """Of `count` inputs, those of each tar that this rank is to write and that is not there yet; the tar ends where the next begins.
@@ -220,7 +233,10 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._file is None:
-            self._file = (self._unfinished / f"{self._tar_name()}.part").open("wb")
+            part = self._unfinished / f"{self._tar_name()}.part"
+            check_name(part)
+            note(part, "scratch")
+            self._file = part.open("wb")
         data = b"".join(self._buffer)
         self._buffer.clear()
         self._buffered = 0
@@ -247,8 +263,7 @@ class ShardWriter:
         fields = {field_name: info.to_dict() for field_name, info in self._table.fields.items()}
         record = {"entry": entry.model_dump(), "fields": fields, "suffixes": self._suffixes, "keys": self._keys}
         write_atomic(self._record(name), json.dumps(record))
-        (self._unfinished / f"{name}.part").replace(self.out / name)
-        sync_folder(self.out)
+        name_file(self._unfinished / f"{name}.part", self.out / name, digest=entry.sha256)
         self.written.add(name)
         self._number += 1
         self._file, self._keys, self._bytes, self._digest = None, [], 0, hashlib.sha256()
@@ -295,14 +310,20 @@ class ShardWriter:
             tokenizers=sorted(self.tokenizers),
             provenance=self.provenance,
         ).write(self.out)
-        shutil.rmtree(self._unfinished)
+        remove_tree(self._unfinished)
+
+
+def shard_names(splits: Iterable[str]) -> list[str]:
+    """What a run that writes these splits ("": its one folder) gives names to, for `Run`."""
+    names = [name for split in splits for name in ((f"{glob.escape(split)}/*.tar", "README.md") if split else ("*.tar",))]
+    return sorted({*names, *(f"{Path(name).parent / META / INDEX}" for name in names if name.endswith(".tar"))})
 
 
 def finished_set(folder: Path) -> ShardIndex | None:
     """The index of a set that was written to its end, None before that. What a kill right after the index left behind is cleared away."""
     index = read_index(folder)
     if index is not None:
-        shutil.rmtree(folder / META / UNFINISHED, ignore_errors=True)
+        remove_tree(folder / META / UNFINISHED)
     return index
 
 

@@ -12,7 +12,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,9 @@ from stages.data.index import INDEX, META, parse_index, read_index
 from stages.data.tar_format import BLOCK, END_OF_ARCHIVE, Archive, member_bytes, member_header, walk
 from stages.documents import parse_object
 from stages.errors import DataError
-from stages.files import CAPS, files_inside, inside, open_atomic, open_regular, replace_folder
+from stages.files import CAPS, files_inside, inside, make_folder, make_scratch, open_atomic, open_regular, replace_folder
+from stages.inputs import refuse_overlap
+from stages.written import Written
 
 INDEX_MEMBER = "__mmgen__"
 FILES_MEMBER = "__mmgen_files__"
@@ -70,9 +73,13 @@ def _body_bytes(path: Path) -> int:
     return walked.end
 
 
-def spool_folder(out: Path | str) -> Path:
-    """Where a stage keeps what it reads from a pipe: with its result, or in a folder that ends with the process if that is a pipe too."""
+def spool_folder(out: Path | str, reads: Iterable[str | Path | None] = ()) -> Path:
+    """Where a stage keeps what it reads from a pipe: with its result, or in a folder that ends with the process if that is a pipe too.
+
+    reads: what else the stage reads. UsageError where `out` would take its place (see stages/inputs.py).
+    """
     if str(out) != "-":
+        refuse_overlap(Path(out), reads)
         return Path(out) / META / SPOOL
     spool = Path(tempfile.mkdtemp(prefix="mmgen-"))
     atexit.register(shutil.rmtree, spool, ignore_errors=True)
@@ -90,9 +97,30 @@ def receive_stream(file: BinaryIO, spool: Path) -> Path:
         if (spool / META).is_dir():
             return spool
         raise DataError("standard input is empty: expected a tar of samples")
+    with _listed(spool):
+        return _receive(file, block, spool)
+
+
+@contextmanager
+def _listed(spool: Path) -> Iterator[None]:
+    """What is spooled into the folder of a run that has not begun stands on the run's list."""
+    if spool.parts[-2:] != (META, SPOOL):
+        yield
+        return
+    mine = Written(spool.parent.parent)
+    make_folder(mine.root)
+    mine.read()
+    mine.attach()
+    try:
+        yield
+    finally:
+        mine.detach()
+
+
+def _receive(file: BinaryIO, block: bytes, spool: Path) -> Path:
     temporary = spool.with_name(f"{spool.name}.incoming")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / META).mkdir(parents=True)
+    make_scratch(temporary)
+    (temporary / META).mkdir()
     try:
         first = _parse_header(block)
         if first.name == INDEX_MEMBER:

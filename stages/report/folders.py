@@ -132,7 +132,7 @@ def read_folder(path: Path) -> Folder:
     else:
         hint = "report takes the folders that other stages wrote"
         raise UsageError(f"{path}: neither shards, nor a checkpoint, nor an evaluation", hint=hint)
-    meta = inside(path, ".mmgen") or path
+    meta = path / ".mmgen" if inside(path, ".mmgen", "run.json") else path
     results = read_json(path / "results.json").get("results", [])
     if not isinstance(results, list):
         raise DataError(f"{path / 'results.json'}: results: expected a list, found {type(results).__name__}")

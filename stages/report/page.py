@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.drawing.figure import draw_recipe
-from stages.files import write_atomic
+from stages.files import replace_own
 from stages.recipe import load_recipe
 from stages.report import gallery, numbers
 from stages.report.curves import curves
@@ -17,16 +17,17 @@ from stages.report.style import STYLE
 
 # The page has neither scripts nor anything to fetch, and a browser lets nothing in it have any.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+MARKER = '<meta name="generator" content="mmgen report">'  # by which a report is known that may be written again
 
 
 def report(paths: list[Path], out: Path) -> Path:
     """Write one self-contained HTML page about the run folders `paths` (shards, checkpoints, samples, evaluations) to `out`.
 
     Everything is read from the files stages leave behind; nothing is computed anew but the verdicts beside the pictures.
-    Raises UsageError for a path that is no run folder, DataError for a damaged one.
+    Raises UsageError for a path that is no run folder and where another file than a report has the name, DataError for a damaged one.
     """
     folders = read_folders(paths)
-    write_atomic(out, page(folders))
+    replace_own(out, page(folders), MARKER)
     return out
 
 
@@ -59,6 +60,7 @@ def page(folders: list[Folder]) -> str:
         el("meta", {"charset": "utf-8"}),
         el("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}),
         el("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        el("meta", {"name": "generator", "content": "mmgen report"}),
         el("title", {}, f"{title} — mmgen report"),
         el("style", {}, Markup(STYLE)),
     ]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stages.documents import read_object, read_object_if_any, refuse_pointer
 from stages.errors import DataError, RecipeError, UsageError
 from stages.escape import file_name, markdown, visible
-from stages.files import copy_tokenizer, inside, write_atomic
+from stages.files import copy_tokenizer, inside, make_folder, write_atomic
 from stages.model import Model, build_model, count_parameters, covers, meta_model, on_meta
 from stages.parts.autoencoders import Autoencoder, AutoencoderConfig
 from stages.parts.config import MAX_PIXELS, shown
@@ -69,6 +69,17 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
+def checkpoint_names(tokenizers: Mapping[str, Path] | None = None) -> list[str]:
+    """What `save_checkpoint`, a text tokenizer and the training states give names to, for `Run`."""
+    names = [WEIGHTS, "config.json", "recipe.toml", "README.md", "tokenizer.json", "tokenizer_config.json", "state/step-*"]
+    return names + [f"tokenizers/{travelling_name(address, folder)}" for address, folder in (tokenizers or {}).items()]
+
+
+def travelling_name(address: str, folder: Path) -> str:
+    """What the copy of a tokenizer's checkpoint is called."""
+    return f"{file_name(address.split('.')[-1])}-{fingerprint(folder)[:8]}"
+
+
 def save_checkpoint(
     out: Path,
     recipe: Recipe,
@@ -82,10 +93,10 @@ def save_checkpoint(
 
     tokenizers: recipe address ("tokenizers.bpe", "autoencoders.vq") → folder of its checkpoint.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     travelling: dict[str, str] = {}
     for address, folder in (tokenizers or {}).items():
-        name = f"{file_name(address.split('.')[-1])}-{fingerprint(folder)[:8]}"
+        name = travelling_name(address, folder)
         travelling[address] = name
         if not (out / "tokenizers" / name).is_dir():
             copy_tokenizer(folder, out / "tokenizers" / name)

@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from stages import ranks, stop
 from stages.errors import GuardError, UsageError
+from stages.files import append_line
 from stages.options import RunOptions
 from stages.recipe import Phase
 from stages.run import Run
@@ -123,8 +124,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 def resume_ledger(run: Run, options: RunOptions, dtype: torch.dtype) -> tuple[Ledger, Path | None]:
     """Where the newest training state stands, or a fresh ledger. Thread count and dtype change the bits, so they must agree."""
-    folder = newest_state(run.out)
-    if not run.resuming or folder is None:
+    folder = newest_state(run.out) if run.resuming else None
+    if folder is None:
         run.cut_metrics(0)
         return Ledger(), None
     facts = read_facts(folder)
@@ -288,8 +289,7 @@ def _record_bad(run: Run, step: int, result: StepResult) -> None:
     keys = [key for _, theirs in everywhere for key in theirs]
     if run.rank != 0:
         return
-    with open(run.meta / "bad_batches.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "losses": {k: repr(v) for k, v in values.items()}, "keys": keys}) + "\n")
+    append_line(run.meta / "bad_batches.jsonl", json.dumps({"step": step, "losses": {k: repr(v) for k, v in values.items()}, "keys": keys}))
     run.say(f"step {step}: a loss or gradient is not finite ({values}); this step moved nothing")
 
 

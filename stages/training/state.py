@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from stages import ranks
 from stages.documents import Document, Int, read_object
 from stages.errors import DataError
-from stages.files import replace_folder, write_atomic
+from stages.files import make_scratch, remove_tree, replace_folder, write_atomic
 from stages.training.ema import EMA
 
 KEPT = 2
@@ -63,8 +63,7 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
     final = out / "state" / f"step-{facts['total_step']:08d}"
     partial = final.with_suffix(".partial")
     if ranks.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_scratch(partial)
     ranks.wait()
     tensors = {f"model.{name}": value for name, value in modules.state_dict().items()}
     for name, optimizer in optimizers.items():
@@ -83,7 +82,7 @@ def save_state(out: Path, modules: nn.Module, optimizers: Optimizers, ema: EMA |
         raise
     if ranks.rank() == 0:
         for old in sorted(path for path in (out / "state").glob("step-*") if path.is_dir() and path != final)[: -(KEPT - 1) or None]:
-            shutil.rmtree(old)
+            remove_tree(old)
     ranks.wait()
     return final
 

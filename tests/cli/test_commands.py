@@ -44,6 +44,7 @@ def test_training_gets_recipe_shards_out_and_every_option(invoke: Invoke, stages
         on_bad_sample="fail",
         max_bad_fraction=0.2,
         quiet=True,
+        recipe="show-o",
         command=("mmgen", *typed.split()),
     )
     assert stages["train_unified"].keywords == {
@@ -67,7 +68,7 @@ def test_training_gets_recipe_shards_out_and_every_option(invoke: Invoke, stages
 def test_what_is_not_typed_is_the_default_of_run_options(invoke: Invoke, stages: dict[str, Any], typed: str, stage: str) -> None:
     assert invoke(*typed.split()).exit_code == 0
     options = next(value for value in stages[stage].arguments if isinstance(value, RunOptions))
-    assert options == RunOptions(command=("mmgen", *typed.split()))
+    assert options == RunOptions(command=("mmgen", *typed.split()), recipe="r" if "--recipe" in typed else None)
 
 
 def test_tokenizers_keep_their_order(invoke: Invoke, stages: dict[str, Any]) -> None:

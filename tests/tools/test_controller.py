@@ -119,6 +119,15 @@ def told(fields: dict[str, Any]) -> list[tuple[str, bool, str]]:
     return [(record["tool"], record["ok"], record["error"]) for record in fields["sample.tools"]]
 
 
+@pytest.mark.parametrize("name", ["tool", "controller", "."])
+def test_what_the_tools_are_made_of_is_not_replaced_by_its_answers(name: str, home: Path) -> None:
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    options = RunOptions(quiet=True, dtype="fp32", overwrite=True)
+    with pytest.raises(UsageError, match="an input of this run"):
+        sample(home / "controller", str(home / "requests" / "shards"), home / name, options, tasks=["plan"], tools=home / "tools.toml")
+    assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
+
+
 def test_whole_plans_are_carried_out_and_their_mistakes_recorded(home: Path, tmp_path: Path) -> None:
     found = run(home, tmp_path / "out", "plan")
     assert {request: fields["sample.plan"] for request, fields in found.items()} == {request: plan for request, (plan, _) in PLANS.items()}

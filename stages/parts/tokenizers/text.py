@@ -148,7 +148,6 @@ class TextTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens too."""
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": self.config.written(PAD),
