@@ -1,6 +1,5 @@
 """`mmgen` and `python -m mmgen_cli` (which is what torchrun starts)."""
 
-import contextlib
 import os
 import sys
 import warnings
@@ -11,6 +10,7 @@ if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] in ("", os
 
 from stages import stop  # noqa: E402  (found in the right folder from here on)
 from stages.errors import Preempted  # noqa: E402
+from stages.terminal import tell  # noqa: E402
 
 
 def main() -> None:
@@ -32,8 +32,7 @@ def main() -> None:
 
             app()
         except (Preempted, KeyboardInterrupt) as stopped:  # before the door was open, or after it was shut
-            with contextlib.suppress(OSError, ValueError):
-                print(f"error: {stopped or 'interrupted'}", file=sys.stderr, flush=True)
+            tell(f"error: {stopped or 'interrupted'}")
             sys.exit(75 if isinstance(stopped, Preempted) else 130)
 
 

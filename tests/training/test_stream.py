@@ -246,7 +246,7 @@ def test_workers_change_nothing_but_who_reads(shards: Shards, workers: int) -> N
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_that_never_fills_hears_a_stop(shards: Shards, workers: int) -> None:
-    stream = stream_of(shards, batch_size=10**12)
+    stream = stream_of(shards, batch_size=2**20)
     stream.workers = workers
     with stop.listening(), stop.deferred(then_stop=False):
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
