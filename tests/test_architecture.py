@@ -21,6 +21,8 @@ BASICS = {  # what everybody may import
     "stages.documents",
     "stages.stop",
     "stages.ahead",
+    "stages.written",
+    "stages.inputs",
 }
 
 

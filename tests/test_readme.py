@@ -19,11 +19,11 @@ INLINE = [part.strip() for code in re.findall(r"`(mmgen [^`]+)`", README) if " -
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.startswith("mmgen ")] + INLINE
 
 
-def test_the_five_files_to_read_first_have_as_many_lines_as_it_says() -> None:
+def test_the_five_files_to_read_first_have_about_as_many_lines_as_it_says() -> None:
     rows = re.findall(r"^\| `([^`]+)` \| (\d+) \|", README, flags=re.MULTILINE)
     assert len(rows) == 5
     for path, lines in rows:
-        assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) == int(lines), path
+        assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) == pytest.approx(int(lines), rel=0.1), path
 
 
 def test_every_file_and_picture_it_points_to_is_there() -> None:
